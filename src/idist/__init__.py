@@ -1,0 +1,52 @@
+"""One PyTorch training script, every way to run it."""
+
+from idist.auto.data import auto_dataloader
+from idist.auto.model import auto_model
+from idist.auto.optim import auto_optim
+from idist.auto.samplers import DistributedProxySampler
+from idist.backends import BUILTIN as registered_computation_models
+from idist.backends import has_hvd_support, has_native_dist_support, has_xla_support
+from idist.collectives import (
+    Handle,
+    all_gather,
+    all_gather_tensors_with_shapes,
+    all_reduce,
+    all_reduce_,
+    all_to_all,
+    barrier,
+    broadcast,
+    gather,
+    reduce_scatter,
+    scatter,
+)
+from idist.errors import (
+    BackendUnavailable,
+    CollectiveMismatch,
+    ConfigError,
+    IdistError,
+    LaunchError,
+    PeerFailed,
+    UnknownArgument,
+    WorkerFailed,
+)
+from idist.groups import new_group
+from idist.parallel import Parallel, spawn
+from idist.ranks import (
+    available_backends,
+    backend,
+    device,
+    get_local_rank,
+    get_nnodes,
+    get_node_rank,
+    get_nproc_per_node,
+    get_rank,
+    get_world_size,
+    hostname,
+    model_name,
+    one_rank_first,
+    one_rank_only,
+    show_config,
+)
+from idist.runtime import finalize, initialize, set_local_rank, sync
+
+__version__ = "0.1.0.dev0"

@@ -1,0 +1,1 @@
+"""Model, optimizer and data loader, adapted to whatever the process finds itself in."""

@@ -1,0 +1,298 @@
+"""torch.distributed: gloo, nccl, a native mpi, whatever else torch has registered, and composites of them."""
+
+from __future__ import annotations
+
+import ipaddress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import GroupMember
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Self
+
+from idist import rendezvous
+from idist.backends.base import Backend, Group, Work
+from idist.errors import ConfigError
+from idist.topology import Topology
+
+_OPS = {
+    "SUM": dist.ReduceOp.SUM,
+    "PRODUCT": dist.ReduceOp.PRODUCT,
+    "MIN": dist.ReduceOp.MIN,
+    "MAX": dist.ReduceOp.MAX,
+    "AND": dist.ReduceOp.BAND,
+    "OR": dist.ReduceOp.BOR,
+}
+_ARITHMETIC = frozenset({"SUM", "PRODUCT", "MIN", "MAX"})
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int32, torch.int64})
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_COMMON = frozenset({torch.int32, torch.int64, torch.float32, torch.float64})
+
+# What each library reduces by itself; a library that is not listed gets the types they all have.
+# https://docs.pytorch.org/docs/stable/distributed.html#backends
+_REDUCES: dict[str, dict[str, frozenset[torch.dtype]]] = {
+    "gloo": {**dict.fromkeys(_ARITHMETIC, _INTEGERS | _FLOATS), "AND": _INTEGERS, "OR": _INTEGERS},
+    "nccl": dict.fromkeys(_ARITHMETIC, _INTEGERS | _FLOATS),
+}
+_NOT_BACKENDS = frozenset({"undefined", "fake"})
+
+
+class C10d(Backend):
+    """A torch process group, ours or one that the user made.
+
+    Args:
+        name: one backend of torch, or device types with one each: ``cpu:gloo,cuda:nccl``.
+    """
+
+    model_name = "native-dist"
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        if not dist.is_available():
+            return ()
+        return tuple(name for name in dist.Backend.backend_list if name not in _NOT_BACKENDS)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._by_device = _devices_of(name)
+        self._device = torch.device("cpu")
+        self._store: dist.Store | None = None
+        self._one_node = False
+
+    # Life
+
+    def unavailable_reason(self) -> tuple[str, str] | None:
+        for library in sorted(set(self._by_device.values())):
+            built = getattr(dist, f"is_{library}_available", lambda: True)
+            if not built():
+                return f"this torch ({torch.__version__}) is built without it", _install_hint(library)
+            types = dist.Backend.backend_capability.get(library, [])
+            if "cpu" not in types and not self._accelerator_in(types):
+                return f"there is no {' or '.join(types)} device", f"Use backend {_cpu_backend()!r} for training on CPUs."
+        return None
+
+    @classmethod
+    def attach(cls) -> Self | None:
+        world = GroupMember.WORLD
+        if world is None:
+            return None
+        config = dist.get_backend_config(world)
+        libraries = {part.partition(":")[2] for part in config.split(",")}
+        backend = cls(libraries.pop() if len(libraries) == 1 else config)
+        backend.rank, backend.world_size = world.rank(), world.size()
+        backend._device = backend._current_device()
+        backend._one_node = _meets_on_loopback(dist.distributed_c10d._get_default_store())
+        return backend
+
+    @property
+    def one_node(self) -> bool:
+        return self._one_node or self.world_size == 1
+
+    def start(
+        self,
+        topology: Topology,
+        *,
+        timeout: timedelta | None,
+        device: torch.device | None,
+        init_method: str | None = None,
+        pg_options: Any = None,
+        **options: Any,
+    ) -> Topology:
+        """See :meth:`Backend.start`.
+
+        Args:
+            init_method: ``tcp://host:port`` or ``file:///path/that/all/ranks/share``, instead of
+                what the environment says.
+            pg_options: passed on to ``torch.distributed.init_process_group``.
+        """
+        self._reject(options)
+
+        def bind(placed: Topology) -> None:
+            self._device = self._bind(placed, device)
+
+        store, topology = rendezvous.join(
+            topology, self.name, init_method=init_method, timeout=timeout, prepare=bind
+        )
+        dist.init_process_group(
+            self.name,
+            store=store,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            timeout=timeout,
+            pg_options=pg_options,
+        )
+        self.rank, self.world_size, self._store = topology.rank, topology.world_size, store
+        return topology
+
+    def stop(self) -> None:
+        if GroupMember.WORLD is not None:
+            dist.destroy_process_group()
+        self._store = None
+
+    def device(self) -> torch.device:
+        return self._device
+
+    def device_for(self, tensor: Tensor) -> torch.device:
+        composite = len(set(self._by_device.values())) > 1
+        return tensor.device if composite and tensor.device.type in self._by_device else self._device
+
+    # Primitives
+
+    def reduces(self, op: str, dtype: torch.dtype) -> bool:
+        libraries = set(self._by_device.values())
+        return all(dtype in _REDUCES.get(library, _common_reductions()).get(op, ()) for library in libraries)
+
+    def all_reduce_(self, tensor: Tensor, op: str, group: Group) -> Work:
+        return dist.all_reduce(tensor, _OPS[op], group.handle, async_op=True)  # type: ignore[no-any-return]
+
+    def all_gather_into(self, out: Tensor, tensor: Tensor, group: Group) -> Work:
+        return dist.all_gather_into_tensor(_wire(out), _wire(tensor), group.handle, async_op=True)  # type: ignore[no-any-return]
+
+    def broadcast_(self, tensor: Tensor, src: int, group: Group) -> Work:
+        return dist.broadcast(_wire(tensor), src, group.handle, async_op=True)  # type: ignore[no-any-return]
+
+    def reduce_scatter_into(self, out: Tensor, tensor: Tensor, op: str, group: Group) -> Work:
+        return dist.reduce_scatter_tensor(out, tensor, _OPS[op], group.handle, async_op=True)  # type: ignore[no-any-return]
+
+    def all_to_all_into(self, out: Tensor, tensor: Tensor, group: Group) -> Work:
+        return dist.all_to_all_single(_wire(out), _wire(tensor), group=group.handle, async_op=True)  # type: ignore[no-any-return]
+
+    def gather_into(self, out: Tensor | None, tensor: Tensor, dst: int, group: Group) -> Work:
+        parts = None if out is None else list(_wire(out).chunk(group.size))
+        return dist.gather(_wire(tensor), parts, dst, group.handle, async_op=True)  # type: ignore[no-any-return]
+
+    def scatter_into(self, out: Tensor, tensor: Tensor | None, src: int, group: Group) -> Work:
+        parts = None if tensor is None else list(_wire(tensor).chunk(group.size))
+        return dist.scatter(_wire(out), parts, src, group.handle, async_op=True)  # type: ignore[no-any-return]
+
+    def barrier(self, group: Group) -> None:
+        # Without device_ids a GPU library guesses the device from the rank, which is wrong for many placements.
+        ids = None if self._device.type == "cpu" else [self._device.index]
+        dist.barrier(group.handle, device_ids=ids)
+
+    def new_group(self, ranks: tuple[int, ...], **options: Any) -> Any:
+        if self.rank not in ranks:
+            return GroupMember.NON_GROUP_MEMBER
+        # Members only: a rank that has no part in the group need not take part in making it.
+        return dist.new_group(list(ranks), use_local_synchronization=True, **options)
+
+    def free_group(self, handle: Any) -> None:
+        dist.destroy_process_group(handle)
+
+    def ranks_of(self, handle: Any) -> tuple[int, ...] | None:
+        if handle is None or handle == GroupMember.NON_GROUP_MEMBER:
+            return ()
+        return tuple(dist.get_process_group_ranks(handle)) if isinstance(handle, dist.ProcessGroup) else None
+
+    # Hooks
+
+    def wrap_model(self, model: torch.nn.Module, *, sync_bn: bool, **options: Any) -> torch.nn.Module:
+        """DistributedDataParallel on this rank's device; ``options`` are its arguments."""
+        if sync_bn:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        devices = {parameter.device for parameter in model.parameters()}
+        if self._device.type != "cpu" and len(devices) == 1:
+            options.setdefault("device_ids", [self._device])
+        return DistributedDataParallel(model, **options)
+
+    # Devices
+
+    def _accelerator_in(self, types: list[str]) -> torch.device | None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None and accelerator.type in types else None
+
+    def _trains_on(self) -> str:
+        """CPU where one library serves it, else the accelerator of the machine; a composite prefers that."""
+        composite = len(set(self._by_device.values())) > 1
+        if "cpu" in self._by_device and not composite:
+            return "cpu"
+        accelerator = self._accelerator_in(list(self._by_device))
+        return accelerator.type if accelerator else "cpu"
+
+    def _current_device(self) -> torch.device:
+        """For a group that the user made: the device that the user has chosen."""
+        kind = self._trains_on()
+        return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+
+    def _bind(self, topology: Topology, requested: torch.device | None) -> torch.device:
+        device = torch.device(self._trains_on()) if requested is None else requested
+        if device.type == "cpu":
+            return device
+        if device.type not in self._by_device or self._accelerator_in([device.type]) is None:
+            usable = ", ".join(sorted(kind for kind in self._by_device if kind == "cpu" or self._accelerator_in([kind])))
+            raise ConfigError(f"device {str(device)!r} cannot be used with backend {self.name!r}; here it serves: {usable}")
+        if device.index is None:
+            device = torch.device(device.type, _device_index(device.type, topology))
+        elif device.index >= torch.accelerator.device_count():
+            raise ConfigError(f"device {str(device)!r} does not exist: {torch.accelerator.device_count()} visible")
+        torch.accelerator.set_device_index(device.index)
+        return device
+
+
+def _device_index(kind: str, topology: Topology) -> int:
+    """One visible device is this process's own (Slurm and Kubernetes bind so); of several, take the local rank's."""
+    count = torch.accelerator.device_count()
+    if count == 1:
+        return 0
+    if topology.local_rank >= count:
+        raise ConfigError(
+            f"local rank {topology.local_rank} has no device: {topology.nproc_per_node} processes on this node, "
+            f"{count} {kind} devices visible. Start at most {count} processes per node, or pass a device."
+        )
+    return topology.local_rank
+
+
+def _devices_of(name: str) -> dict[str, str]:
+    """Device type -> library: ``cpu:gloo,cuda:nccl`` says it itself, else what torch says of the library."""
+    known = C10d.names()
+    if ":" not in name and "," not in name:
+        if name not in known:
+            raise ConfigError(f"torch has no backend {name!r}; it has {', '.join(known)}")
+        return dict.fromkeys(dist.Backend.backend_capability.get(name, ["cpu"]), name)
+    by_device: dict[str, str] = {}
+    for part in name.split(","):
+        device, colon, library = part.partition(":")
+        if not colon or library not in known or device in by_device:
+            raise ConfigError(
+                f"backend {name!r}: {part!r} is not a device type, a colon and a backend, "
+                f"each device once, as in 'cpu:gloo,cuda:nccl'; torch has {', '.join(known)}"
+            )
+        by_device[device] = library
+    return by_device
+
+
+def _common_reductions() -> dict[str, frozenset[torch.dtype]]:
+    return dict.fromkeys(_ARITHMETIC, _COMMON)
+
+
+def _wire(tensor: Tensor) -> Tensor:
+    """The same memory in a type that every library moves: bytes, where the type is not one they compute with."""
+    if tensor.dtype in _INTEGERS or tensor.dtype in _FLOATS:
+        return tensor
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _meets_on_loopback(store: dist.Store) -> bool:
+    """All ranks that reach a store on the loopback interface are on this node."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, dist.TCPStore):
+        return False
+    try:
+        return ipaddress.ip_address(store.host).is_loopback
+    except ValueError:
+        return store.host == "localhost"
+
+
+def _cpu_backend() -> str:
+    return str(dist.get_default_backend_for_device("cpu"))
+
+
+def _install_hint(library: str) -> str:
+    builds = {"nccl": "Install a CUDA build of torch: https://pytorch.org/get-started/locally/"}
+    return builds.get(library, "It needs a torch that was built from source with it.")
+
+

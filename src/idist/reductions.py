@@ -1,0 +1,72 @@
+"""The reductions by name, and what they mean where a backend does not do them itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from operator import and_, or_
+
+import torch
+from torch import Tensor
+
+from idist.errors import ConfigError, did_you_mean
+
+OPS = ("SUM", "PRODUCT", "MIN", "MAX", "AND", "OR", "AVERAGE")
+
+BOOLEAN = {"SUM": "MAX", "OR": "MAX", "MAX": "MAX", "PRODUCT": "MIN", "AND": "MIN", "MIN": "MIN"}
+"""Truth values as 0 and 1: torch adds booleans as it ORs them, and multiplies as it ANDs."""
+
+
+def check(op: str, dtype: torch.dtype) -> None:
+    """Refuse what has no meaning, the same with every backend.
+
+    Raises:
+        ConfigError: an unknown reduction, or one that this type does not have.
+    """
+    if op not in OPS:
+        raise ConfigError(f"op {op!r} is unknown; expected one of {', '.join(OPS)}.{did_you_mean(str(op).upper(), OPS)}")
+    floating = dtype.is_floating_point or dtype.is_complex
+    if op in ("AND", "OR") and floating:
+        raise ConfigError(f"op {op} is for integers and booleans, got {dtype}")
+    if op == "AVERAGE" and not floating:
+        raise ConfigError(f"op AVERAGE of {dtype} would be cut to whole numbers; convert to a float type first")
+    if op in ("MIN", "MAX") and dtype.is_complex:
+        raise ConfigError(f"op {op} is not defined for {dtype}: complex numbers have no order")
+
+
+def of_tensors(stacked: Tensor, op: str) -> Tensor:
+    """Reduce the first dimension, in the order of the ranks, keeping the type.
+
+    Shape: ``(n, *shape)`` to ``shape``.
+    """
+    if op == "SUM":
+        return stacked.sum(0, dtype=stacked.dtype)
+    if op == "PRODUCT":
+        return stacked.prod(0, dtype=stacked.dtype)
+    if op == "MIN":
+        return stacked.amin(0)
+    if op == "MAX":
+        return stacked.amax(0)
+    return reduce(torch.bitwise_and if op == "AND" else torch.bitwise_or, stacked)
+
+
+def of_numbers(values: Sequence[bool] | Sequence[int] | Sequence[float], op: str) -> bool | int | float:
+    """Reduce Python numbers of one type, in the order of the ranks, exactly as Python does.
+
+    Raises:
+        ConfigError: an unknown reduction, or one that this type does not have.
+    """
+    kind = type(values[0])
+    check(op, torch.float64 if kind is float or (kind is int and op == "AVERAGE") else torch.int64)
+    if op == "AVERAGE":
+        return sum(values) / len(values)
+    if kind is bool:
+        return bool(max(values) if BOOLEAN[op] == "MAX" else min(values))
+    if op == "SUM":
+        return sum(values)
+    if op == "PRODUCT":
+        return math.prod(values)
+    if op in ("MIN", "MAX"):
+        return math.nan if any(map(math.isnan, values)) else (min if op == "MIN" else max)(values)
+    return reduce(and_ if op == "AND" else or_, values)  # type: ignore[operator,arg-type]

@@ -1,0 +1,284 @@
+"""Where the ranks of a job meet: a store that proves to be the job's own, and that tells who is missing.
+
+The store is torch's. What is added: the job's token is checked before anything else is read, every
+rank is claimed once, and all ranks get the same verdict - all here, or one error that names who
+failed or never came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+
+from idist.errors import ConfigError, LaunchError
+from idist.topology import Topology
+
+DEFAULT_TIMEOUT = timedelta(minutes=5)
+"""How long ranks wait for each other where the user gave no timeout: torch's default for stores."""
+
+_RETRY_S = 0.2
+_PROBE_S = 2.0
+_HANDSHAKE_S = 5.0
+_LINGER_S = 2.0
+_CARD = "idist/job"
+# Below the ports that Linux, macOS and IANA hand out to clients (32768 and up), above the registered busy ones.
+_CANDIDATE_PORTS = range(20000, 30000)
+_CANDIDATES = 16
+
+
+def join(
+    topology: Topology,
+    purpose: str,
+    *,
+    init_method: str | None = None,
+    timeout: timedelta | None = None,
+    prepare: Callable[[Topology], None] | None = None,
+) -> tuple[dist.Store, Topology]:
+    """Meet all ranks of the job.
+
+    Args:
+        topology: of this process.
+        purpose: what the ranks are about to do, the backend's name; they must agree on it.
+        init_method: ``tcp://host:port`` or ``file:///shared/path``; default: what ``topology`` says.
+        timeout: how long to wait for the others.
+        prepare: called with the complete topology; if it raises on one rank, all ranks hear of it.
+
+    Returns:
+        A store for this job alone, and the topology with its node fields filled in.
+
+    Raises:
+        LaunchError: the store cannot be reached or is another job's, ranks are missing or come
+            twice, or ``prepare`` raised on another rank.
+
+    Cost: three round trips to the store per rank, and one more plus ``world_size`` small values
+    where the environment does not tell the nodes.
+    """
+    deadline = time.monotonic() + (timeout or DEFAULT_TIMEOUT).total_seconds()
+    if topology.world_size == 1 and init_method is None:
+        store: dist.Store = dist.HashStore()
+    else:
+        store = _open(topology, purpose, init_method, deadline)
+    return store, _Meeting(store, topology, deadline).hold(prepare)
+
+
+def serve(host: str, port: int, job_token: str | None, world_size: int, purpose: str) -> dist.TCPStore:
+    """Serve the store of a job on ``host:port``; on the loopback interface alone, if that is what ``host`` is.
+
+    Args:
+        port: 0 for any free one; ``.port`` of the result tells which.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    loopback = host in ("127.0.0.1", "localhost", "::1")
+    family = socket.AF_INET6 if host == "::1" or (not loopback and socket.has_dualstack_ipv6()) else socket.AF_INET
+    address = (host if loopback else "", port)
+    listener = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=not loopback and family == socket.AF_INET6)
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=DEFAULT_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    store.set(_CARD, _card(job_token, world_size, purpose))
+    return store
+
+
+def _open(topology: Topology, purpose: str, init_method: str | None, deadline: float) -> dist.Store:
+    url = urlsplit(init_method or "env://")
+    if url.scheme == "file":
+        if not url.path:
+            raise ConfigError(f"init_method {init_method!r} has no path; expected file:///path/that/all/ranks/share")
+        return dist.PrefixStore("idist", dist.FileStore(url.path, topology.world_size))
+    if url.scheme == "tcp":
+        if url.hostname is None or url.port is None:
+            raise ConfigError(f"init_method {init_method!r} is not tcp://host:port")
+        host, ports, served = url.hostname, [url.port], False
+    elif url.scheme == "env":
+        host, ports, served = _address(topology)
+    else:
+        raise ConfigError(f"init_method {init_method!r} is unknown; expected tcp://host:port, file:///path or env://")
+    card = _card(topology.job_token, topology.world_size, purpose)
+    store = _serve_first(host, ports, topology, purpose) if topology.rank == 0 and not served else None
+    store = store or _connect(host, ports, card, topology, deadline)
+    return dist.PrefixStore(f"idist/{topology.job_token}", store)
+
+
+def _address(topology: Topology) -> tuple[str, list[int], bool]:
+    if topology.master_addr is None:
+        raise LaunchError(
+            f"{topology.environment}: rank {topology.rank} of {topology.world_size} does not know where to meet the others. "
+            "Set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there, or pass init_method."
+        )
+    if topology.master_port is not None:
+        return topology.master_addr, [topology.master_port], topology.store_served
+    if topology.job_token is None:
+        raise LaunchError(
+            f"{topology.environment}: MASTER_ADDR={topology.master_addr} is known but MASTER_PORT is not. "
+            "Set MASTER_PORT to a free port of that host, the same on all ranks."
+        )
+    return topology.master_addr, candidate_ports(topology.job_token), False
+
+
+def candidate_ports(job_token: str) -> list[int]:
+    """Ports to try in turn, the same for all ranks of a job: rank 0 takes the first that it can bind.
+
+    Two jobs with the same candidates do no harm, since the token is checked at each.
+    """
+    digest = hashlib.sha256(job_token.encode()).digest()
+    start, step = int.from_bytes(digest[:4], "big"), 1 + 2 * digest[4]
+    return [_CANDIDATE_PORTS[(start + i * step) % len(_CANDIDATE_PORTS)] for i in range(_CANDIDATES)]
+
+
+def _serve_first(host: str, ports: list[int], topology: Topology, purpose: str) -> dist.Store:
+    for port in ports:
+        try:
+            return serve(host, port, topology.job_token, topology.world_size, purpose)
+        except OSError as error:
+            refused = error
+    raise LaunchError(
+        f"rank 0 cannot listen on port {', '.join(map(str, ports))}: {refused.strerror}. "
+        "Another job on this host may have it: choose another MASTER_PORT."
+    ) from refused
+
+
+def _connect(host: str, ports: list[int], card: str, topology: Topology, deadline: float) -> dist.Store:
+    """Try the ports in turn until one proves to be our job's."""
+    problem = "nothing listens there"
+    while time.monotonic() < deadline:
+        for port in ports:
+            try:
+                return _knock(host, port, card, topology, deadline)
+            except _Stranger as stranger:
+                problem = str(stranger)
+                if len(ports) == 1:
+                    raise LaunchError(f"rank {topology.rank}: {host}:{port} is not ours: {problem}") from None
+            except (OSError, RuntimeError) as error:
+                problem = (str(error) or type(error).__name__).splitlines()[0]
+        time.sleep(_RETRY_S)
+    raise LaunchError(
+        f"rank {topology.rank} of {topology.world_size} on {socket.gethostname()} could not reach the store of its job "
+        f"at {host}, port {', '.join(map(str, ports))}: {problem}. Is rank 0 running, and can this host reach it?"
+    )
+
+
+class _Stranger(Exception):
+    """A store that belongs to another job."""
+
+
+def _knock(host: str, port: int, card: str, topology: Topology, deadline: float) -> dist.Store:
+    left = max(deadline - time.monotonic(), 0.1)
+    # A plain connection first: it fails at once where the store's own would retry until its timeout.
+    socket.create_connection((host, port), timeout=min(_PROBE_S, left)).close()
+    client = dist.TCPStore(
+        host,
+        port,
+        topology.world_size,
+        is_master=False,
+        timeout=timedelta(seconds=min(_HANDSHAKE_S, left)),
+        wait_for_workers=False,
+    )
+    if topology.store_served:  # by somebody who may know nothing of us, for several attempts: the first rank signs
+        theirs = client.compare_set(f"{_CARD}/{topology.job_token}", "", card).decode()
+    else:
+        theirs = client.get(_CARD).decode()
+    if theirs != card:
+        raise _Stranger(f"its store was opened for {theirs}; this process is of {card}")
+    return client
+
+
+def _card(job_token: str | None, world_size: int, purpose: str) -> str:
+    return f"job {job_token or 'without a token'}, {world_size} ranks, {purpose}"
+
+
+class _Meeting:
+    """All ranks say who they are, prepare, and wait for one verdict."""
+
+    def __init__(self, store: dist.Store, topology: Topology, deadline: float) -> None:
+        self._store = store
+        self._topology = topology
+        self._deadline = deadline
+
+    def hold(self, prepare: Callable[[Topology], None] | None) -> Topology:
+        self._claim()
+        if not self._topology.placed:
+            self._gather_at("claimed")
+            self._topology = self._topology.place([who["host"] for who in self._present().values()])
+        if prepare is not None:
+            with self._telling_others():
+                prepare(self._topology)
+        self._gather_at("ready")
+        return self._topology
+
+    def _claim(self) -> None:
+        """A rank is taken once: two processes with one rank are two jobs, or a wrong launch."""
+        me = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        with self._telling_others():
+            owner = self._store.compare_set(self._seat(self._topology.rank), "", me).decode()
+            if owner != me:
+                who = json.loads(owner)
+                raise LaunchError(
+                    f"rank {self._topology.rank} came twice: process {who['pid']} on {who['host']} and process "
+                    f"{os.getpid()} on {socket.gethostname()}. Do two jobs meet at one address, or is a file left of an earlier one?"
+                )
+
+    def _gather_at(self, stage: str) -> None:
+        """Wait until every rank is at ``stage``; the last to come, or whoever fails, speaks the verdict."""
+        if self._store.add(f"at/{stage}", 1) == self._topology.world_size:
+            self._say(stage, "go")
+        while not self._store.check([stage]):
+            if time.monotonic() > self._deadline:
+                self._say(stage, self._missing())
+            with contextlib.suppress(dist.DistStoreError):
+                self._store.wait([stage], timedelta(seconds=min(1.0, max(self._deadline - time.monotonic(), 0.1))))
+        verdict = self._store.get(stage).decode()
+        if verdict != "go":
+            self._leave_together()
+            raise LaunchError(verdict)
+
+    @contextlib.contextmanager
+    def _telling_others(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            said = f"rank {self._topology.rank} on {socket.gethostname()} could not start: {error}"
+            for stage in ("claimed", "ready"):
+                self._say(stage, said)
+            self._leave_together()
+            raise
+
+    def _say(self, stage: str, verdict: str) -> None:
+        self._store.compare_set(stage, "", verdict)
+
+    def _leave_together(self) -> None:
+        """Rank 0 may serve the store: it stays for a moment so that the others can read why."""
+        if self._topology.rank == 0 and self._topology.world_size > 1:
+            time.sleep(_LINGER_S)
+
+    def _present(self) -> dict[int, dict[str, str]]:
+        seats = {rank: self._seat(rank) for rank in range(self._topology.world_size)}
+        return {rank: json.loads(self._store.get(seat)) for rank, seat in seats.items() if self._store.check([seat])}
+
+    def _missing(self) -> str:
+        present = self._present()
+        absent = [str(rank) for rank in range(self._topology.world_size) if rank not in present]
+        arrived = ", ".join(f"{rank} ({who['host']}, process {who['pid']})" for rank, who in present.items())
+        what = f"never came: rank {', '.join(absent)}" if absent else "all came, but not all became ready"
+        return f"{len(present)} of {self._topology.world_size} ranks met in time; {what}. Here: rank {arrived}."
+
+    @staticmethod
+    def _seat(rank: int) -> str:
+        return f"rank/{rank}"

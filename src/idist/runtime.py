@@ -1,0 +1,368 @@
+"""The one current context: made by :func:`initialize`, adopted from the user, or serial.
+
+Nothing here communicates except :func:`initialize`, :func:`sync` and :func:`place`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import socket
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed.distributed_c10d import GroupMember
+
+from idist import backends, environments
+from idist.backends.base import Backend, Group
+from idist.backends.serial import Serial
+from idist.errors import ConfigError, LaunchError
+from idist.topology import SERIAL, Topology
+
+__all__ = ["Context", "current", "finalize", "initialize", "place", "set_local_rank", "start", "sync"]
+
+logger = logging.getLogger("idist")
+
+
+class Context:
+    """A backend, this process's place in it, and what belongs to both.
+
+    Attributes:
+        owned: whether :func:`finalize` stops the backend, because we started it.
+        verify: whether tensor collectives check that the ranks agree before the bytes move.
+        groups: by their ranks; made once, freed with the context.
+        extra_groups: handles of the groups that were made with options, freed with the context too.
+        everyone: the group of all ranks.
+        neighbours: the global ranks of this node by local rank, once somebody has asked.
+        world: the torch process group that was current when this context was last looked at: when
+            another one is, or none, the user made or destroyed it.
+        bound_to_world: whether this context ends with that process group.
+    """
+
+    __slots__ = (
+        "backend", "bound_to_world", "everyone", "extra_groups", "groups", "neighbours", "owned", "rank", "topology", "verify", "world", "world_size"
+    )  # fmt: skip
+
+    def __init__(self, backend: Backend, topology: Topology, *, owned: bool, verify: bool = False) -> None:
+        self.backend = backend
+        self.topology = topology
+        self.rank = topology.rank
+        self.world_size = topology.world_size
+        self.owned = owned
+        self.verify = verify
+        self.everyone = Group(tuple(range(topology.world_size)), topology.rank)
+        self.groups: dict[tuple[int, ...], Group] = {}
+        self.extra_groups: list[Any] = []
+        self.neighbours: tuple[int, ...] | None = None
+        self.world: Any = GroupMember.WORLD
+        self.bound_to_world = not owned or self.world is not None
+
+    def free_groups(self) -> None:
+        cached = [group.handle for group in self.groups.values() if group.index >= 0 and group is not self.everyone]
+        for handle in [*cached, *self.extra_groups]:
+            self.backend.free_group(handle)
+        self.groups.clear()
+        self.extra_groups.clear()
+
+
+def _verify_by_default() -> bool:
+    return os.environ.get("IDIST_VERIFY", "0") not in ("", "0")
+
+
+def _serial() -> Context:
+    return Context(Serial(), SERIAL, owned=False, verify=_verify_by_default())
+
+
+class _Slot(threading.local):
+    """The process's context is the class's attribute; a rank that is a thread has its own."""
+
+    context: Context
+
+
+_slot = _Slot()
+_Slot.context = _serial()
+_Slot.context.world = None
+_local_rank_hint: int | None = None
+
+
+def current() -> Context:
+    """The context of this process, or of this thread where threads are ranks. Free: never communicates."""
+    context = _slot.context
+    if context.world is not GroupMember.WORLD:
+        context = _refresh(context)
+    return context
+
+
+def placed() -> Context:
+    """:func:`current`, where the node fields are known.
+
+    Raises:
+        LaunchError: a process group made by hand, and no variables that tell the nodes.
+    """
+    context = current()
+    if not context.topology.placed:
+        raise LaunchError(
+            "the process group was made by hand and no launcher's variables tell which ranks share a node. "
+            "Call idist.sync() on every rank once (it exchanges the host names), or set LOCAL_RANK, "
+            "LOCAL_WORLD_SIZE, GROUP_RANK and GROUP_WORLD_SIZE before the group is made."
+        )
+    return context
+
+
+def initialize(
+    backend: str | None = backends.AUTO,
+    *,
+    timeout: float | timedelta | None = None,
+    init_method: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    device: str | torch.device | None = None,
+    verify: bool | None = None,
+    **options: Any,
+) -> None:
+    """Connect this process with the other ranks of its job. Every rank calls it.
+
+    Who and how many the ranks are comes from the launcher's variables, or from ``rank`` and
+    ``world_size``. Without any of them this is a world of one process.
+
+    Args:
+        backend: a name of :func:`idist.available_backends`, a composite such as
+            ``cpu:gloo,cuda:nccl``, ``"auto"`` for what suits the machine, ``None`` for not distributed.
+        timeout: of the meeting and of every collective, in seconds; default: 5 minutes for the
+            meeting and the backend's own for collectives.
+        init_method: ``tcp://host:port`` or ``file:///shared/path``, instead of MASTER_ADDR and MASTER_PORT.
+        rank: of this process, together with ``world_size``, instead of the launcher's variables.
+        world_size: number of processes.
+        device: to train on, instead of the one that the backend picks.
+        verify: check before each tensor collective that the ranks agree; default: IDIST_VERIFY=1.
+        **options: passed on to the backend; one that it does not know is an error.
+
+    Raises:
+        ConfigError: an argument is wrong, or a context exists already.
+        BackendUnavailable: the backend exists but cannot be used here.
+        LaunchError: the variables are half set, or the ranks did not meet in time; names the missing.
+
+    Cost: no collective; a few round trips to the store.
+    """
+    if backend is None:
+        _refuse_to_be_quietly_alone()
+        return
+    start(
+        backends.create(backend),
+        _topology_from(rank, world_size, os.environ),
+        timeout=_duration(timeout),
+        device=device,
+        verify=verify,
+        **({} if init_method is None else {"init_method": init_method}),
+        **options,
+    )
+
+
+def start(
+    backend: Backend,
+    topology: Topology,
+    *,
+    timeout: timedelta | None = None,
+    device: str | torch.device | None = None,
+    verify: bool | None = None,
+    **options: Any,
+) -> None:
+    """Start ``backend`` at this place and make it the current context; launchers call this in their processes.
+
+    Raises:
+        ConfigError, LaunchError: as :func:`initialize`; then nothing was started.
+    """
+    context = current()
+    if not isinstance(context.backend, Serial):
+        whose = "idist.finalize() ends it" if context.owned else "you made it: use it as it is, or destroy it first"
+        raise ConfigError(
+            f"a {context.backend.name} context with {context.world_size} ranks exists already; {whose}"
+        )
+    try:
+        topology = backend.start(topology, timeout=timeout, device=_device(device), **options)
+    except BaseException:
+        backend.stop()
+        raise
+    _Slot.context = Context(
+        backend, topology, owned=True, verify=_verify_by_default() if verify is None else verify
+    )
+
+
+def finalize() -> None:
+    """Stop what :func:`initialize` started and free all groups. A process group that the user made stays.
+
+    Nothing to do, and no error, where nothing was initialised. Never communicates.
+    """
+    global _local_rank_hint
+    context = current()
+    context.free_groups()
+    _local_rank_hint = None
+    if context.owned:
+        _Slot.context = _serial()
+        try:
+            context.backend.stop()
+        finally:
+            _Slot.context.world = None
+
+
+def sync(temporary: bool = False) -> None:
+    """Adopt a process group made by hand and learn which ranks share a node.
+
+    A group is recognised without this call; only the node fields need it, where no launcher's
+    variables tell them. All ranks call it.
+
+    Args:
+        temporary: accepted for users of the older API; getters are always up to date.
+
+    Cost: one small all_gather, if the node fields are not known yet, else none.
+    """
+    place()
+
+
+def place() -> Context:
+    """The current context, with its node fields complete. All ranks call it.
+
+    Cost: as :func:`sync`.
+    """
+    context = current()
+    if not context.topology.placed:
+        context.topology = context.topology.place(_exchange_hosts(context))
+    return context
+
+
+def set_local_rank(index: int) -> None:
+    """Say which local rank this process has, where a process group made by hand and no variable tells it.
+
+    Raises:
+        ConfigError: not an integer of at least 0.
+    """
+    global _local_rank_hint
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+        raise ConfigError(f"a local rank is an integer of at least 0, got {index!r}")
+    _local_rank_hint = index
+
+
+def local_rank() -> int:
+    """This process's index on its node; see :func:`placed`."""
+    if _local_rank_hint is not None:
+        return _local_rank_hint
+    return placed().topology.local_rank
+
+
+@contextmanager
+def thread_context(context: Context) -> Iterator[None]:
+    """Make ``context`` that of the calling thread alone, which is a rank of its own."""
+    context.bound_to_world = False
+    _slot.context = context
+    try:
+        yield
+    finally:
+        context.free_groups()
+        del _slot.context
+
+
+def _refresh(context: Context) -> Context:
+    """The user made or destroyed a process group since ``context`` was made."""
+    if not context.bound_to_world:
+        context.world = GroupMember.WORLD
+        return context
+    adopted = next(filter(None, (cls.attach() for cls in backends.classes())), None)
+    if adopted is None:
+        _Slot.context = _serial()
+    else:
+        _Slot.context = Context(adopted, _observed(adopted, os.environ), owned=False, verify=_verify_by_default())
+    return _Slot.context
+
+
+def _observed(backend: Backend, env: Mapping[str, str]) -> Topology:
+    """The topology of a group that the user made: its own ranks, the nodes from the launcher, if it tells."""
+    rank, world_size = backend.rank, backend.world_size
+    by_hand = Topology(f"made by hand ({backend.name})", rank, world_size)
+    if backend.one_node:
+        return by_hand.place(["this node"] * world_size)
+    try:
+        told = environments.detect(env).topology
+    except LaunchError as error:
+        logger.info("the variables of the launcher are not used: %s", error)
+        return by_hand
+    if told.world_size != world_size or not told.placed:
+        return by_hand
+    return dataclasses.replace(told, rank=rank)
+
+
+def _exchange_hosts(context: Context) -> list[str]:
+    name = hashlib.sha256(socket.gethostname().encode()).digest()
+    device = context.backend.device()
+    mine = torch.frombuffer(bytearray(name), dtype=torch.uint8).to(device)
+    out = torch.empty(context.world_size * mine.numel(), dtype=torch.uint8, device=device)
+    context.backend.all_gather_into(out, mine, context.everyone).wait()
+    return [bytes(row).hex() for row in out.view(context.world_size, -1).tolist()]
+
+
+def _topology_from(rank: int | None, world_size: int | None, env: Mapping[str, str]) -> Topology:
+    if (rank is None) != (world_size is None):
+        raise ConfigError(f"rank and world_size belong together, got rank={rank!r}, world_size={world_size!r}")
+    if rank is None or world_size is None:
+        return detect(env)
+    for name, value in (("rank", rank), ("world_size", world_size)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{name} must be an integer, got {value!r}")
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank must be between 0 and world_size - 1, got rank={rank}, world_size={world_size}")
+    port = env.get("MASTER_PORT", "")
+    return Topology(
+        "arguments",
+        rank,
+        world_size,
+        master_addr=env.get("MASTER_ADDR") or None,
+        master_port=int(port) if port.isdecimal() else None,
+        evidence=(f"rank={rank}", f"world_size={world_size}"),
+    )
+
+
+def detect(env: Mapping[str, str]) -> Topology:
+    """The topology that the launcher's variables tell; hints about a likely slip are warnings.
+
+    Raises:
+        LaunchError: the variables are half set.
+    """
+    detection = environments.detect(env)
+    for hint in detection.hints:
+        warnings.warn(hint, stacklevel=4)
+    return detection.topology
+
+
+def _refuse_to_be_quietly_alone() -> None:
+    topology = detect(os.environ)
+    if topology.world_size > 1:
+        raise ConfigError(
+            f"backend=None means not distributed, but {topology.environment} started {topology.world_size} processes: "
+            "each would train a model of its own. Pass a backend ('auto' picks one), or start one process."
+        )
+
+
+def _duration(timeout: float | timedelta | None) -> timedelta | None:
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float, timedelta)):
+        raise ConfigError(f"timeout must be a number of seconds or a timedelta, got {timeout!r}")
+    span = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+    if span <= timedelta(0):
+        raise ConfigError(f"timeout must be more than 0 seconds, got {timeout!r}")
+    return span
+
+
+def _device(device: str | torch.device | None) -> torch.device | None:
+    if device is None or isinstance(device, torch.device):
+        return device
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device {device!r} is not a torch device: {error}") from None

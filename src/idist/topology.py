@@ -1,0 +1,103 @@
+"""Where this process stands in the job: a frozen value, made by an environment or a launcher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from idist.errors import LaunchError
+
+UNKNOWN = -1
+"""A node field that the environment does not tell; :meth:`Topology.place` fills it in."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Topology:
+    """The place of one process among the processes of its job.
+
+    The four node fields are either all known or all :data:`UNKNOWN`: some environments give a
+    rank and a world size but say nothing about the nodes.
+
+    Attributes:
+        environment: who said so: ``torchelastic``, ``slurm``, ..., ``serial``.
+        rank: index of this process in the job.
+        world_size: number of processes of the job.
+        local_rank: index of this process on its node.
+        nproc_per_node: number of processes of the job on THIS node; other nodes may have more or fewer.
+        node_rank: index of this node in the job.
+        nnodes: number of nodes of the job.
+        master_addr: host where rank 0 can be reached, if the environment tells.
+        master_port: port of the rendezvous there, if the environment tells.
+        store_served: whether a store listens there already (torchrun's agent, the process that
+            spawned us); otherwise rank 0 has to serve it.
+        job_token: proves that two processes belong to one job, and to one attempt at it.
+        evidence: the variables that were believed, as ``NAME=value``.
+    """
+
+    environment: str
+    rank: int
+    world_size: int
+    local_rank: int = UNKNOWN
+    nproc_per_node: int = UNKNOWN
+    node_rank: int = UNKNOWN
+    nnodes: int = UNKNOWN
+    master_addr: str | None = None
+    master_port: int | None = None
+    store_served: bool = False
+    job_token: str | None = None
+    evidence: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._check("rank", self.rank, self.world_size)
+        if self.placed:
+            self._check("local rank", self.local_rank, self.nproc_per_node)
+            self._check("node rank", self.node_rank, self.nnodes)
+            if self.nproc_per_node > self.world_size:
+                raise self._contradiction(
+                    f"{self.nproc_per_node} processes on this node are more than world size {self.world_size}"
+                )
+            if self.nnodes > self.world_size:
+                raise self._contradiction(f"{self.nnodes} nodes are more than world size {self.world_size}")
+        if self.master_port is not None and not 0 <= self.master_port < 2**16:
+            raise self._contradiction(f"master port {self.master_port} is not between 0 and 65535")
+
+    @property
+    def placed(self) -> bool:
+        """Whether the four node fields are known."""
+        return self.local_rank != UNKNOWN
+
+    def place(self, hosts: Sequence[str]) -> Topology:
+        """The same topology with its node fields derived from the host of every rank.
+
+        Nodes are numbered in the order of their lowest rank; local ranks follow the ranks.
+
+        Args:
+            hosts: one name per rank, equal for two ranks exactly if they share a node.
+        """
+        if len(hosts) != self.world_size:
+            raise self._contradiction(f"{len(hosts)} hosts were given for world size {self.world_size}")
+        nodes = list(dict.fromkeys(hosts))
+        mine = hosts[self.rank]
+        neighbours = [rank for rank, host in enumerate(hosts) if host == mine]
+        return dataclasses.replace(
+            self,
+            local_rank=neighbours.index(self.rank),
+            nproc_per_node=len(neighbours),
+            node_rank=nodes.index(mine),
+            nnodes=len(nodes),
+        )
+
+    def _check(self, what: str, index: int, size: int) -> None:
+        if size < 1 or not 0 <= index < size:
+            raise self._contradiction(f"{what} {index} is not in the range of {size}")
+
+    def _contradiction(self, problem: str) -> LaunchError:
+        evidence = ", ".join(self.evidence) or "none"
+        return LaunchError(
+            f"{self.environment}: {problem}. Variables believed: {evidence}. "
+            "Check how the job was started; `idist check` shows what was detected."
+        )
+
+
+SERIAL = Topology("serial", rank=0, world_size=1, local_rank=0, nproc_per_node=1, node_rank=0, nnodes=1)
+"""One process on its own."""

@@ -1,0 +1,240 @@
+"""How numbers, strings and objects travel: as frames of one size, one small all_gather for all of them.
+
+Every rank's frame says which collective it is in, with what kind of value and which reduction, so
+ranks that disagree find out in the very message that carries the values. A payload that does not
+fit in a frame follows in a second message, whose size all ranks know from the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import struct
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from idist.backends.base import Group
+from idist.errors import CollectiveMismatch, PeerFailed
+from idist.runtime import Context
+
+FRAME = 256
+_HEADER = struct.Struct("<BBBxiq")
+INLINE = FRAME - _HEADER.size
+_INT = struct.Struct("<q")
+_FLOAT = struct.Struct("<d")
+_NO_ROOT = -1
+
+
+class Kind(IntEnum):
+    """What a payload is. ABSENT agrees with everything: the rank has nothing to say."""
+
+    ABSENT = 0
+    ERROR = 1
+    BOOL = 2
+    INT = 3
+    FLOAT = 4
+    STR = 5
+    PATH = 6
+    OBJECT = 7
+    TENSOR = 8
+
+
+class Call(IntEnum):
+    """The collective that a frame is part of."""
+
+    ALL_REDUCE = 0
+    ALL_GATHER = 1
+    BROADCAST = 2
+    GATHER = 3
+    SCATTER = 4
+    REDUCE_SCATTER = 5
+    ALL_TO_ALL = 6
+    OUTCOME = 7
+    UNEVEN = 8
+
+
+NUMBERS = frozenset({Kind.BOOL, Kind.INT, Kind.FLOAT})
+OPS = ("", "SUM", "PRODUCT", "MIN", "MAX", "AND", "OR", "AVERAGE")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Message:
+    """One rank's part in one collective.
+
+    Attributes:
+        call: the collective.
+        kind: of the value.
+        payload: the value as bytes; empty where this rank only receives.
+        op: the reduction, or "".
+        root: the global rank that sends or receives alone, or -1.
+    """
+
+    call: Call
+    kind: Kind
+    payload: bytes = b""
+    op: str = ""
+    root: int = _NO_ROOT
+
+    def describe(self) -> str:
+        if self.kind is Kind.ABSENT:
+            what = f"{self.call.name.lower()} without a value"
+        elif self.kind is Kind.TENSOR:
+            what = f"{self.call.name.lower()} of a tensor {self.payload.decode()}"
+        else:
+            what = f"{self.call.name.lower()} of {self.kind.name.lower()}"
+        return what + (f" with {self.op}" if self.op else "") + (f" rooted at rank {self.root}" if self.root >= 0 else "")
+
+
+_KINDS: dict[type, Kind] = {bool: Kind.BOOL, int: Kind.INT, float: Kind.FLOAT, str: Kind.STR}
+
+
+def kind_of(value: object) -> Kind:
+    """The kind that keeps type and value: subclasses, NumPy's scalars and all the rest are objects."""
+    kind = _KINDS.get(type(value))
+    if kind is not None:
+        return kind
+    return Kind.PATH if isinstance(value, Path) else Kind.OBJECT
+
+
+def encode(value: Any, kind: Kind) -> bytes:
+    """The value as bytes.
+
+    Raises:
+        OverflowError: an integer of more than 64 bits.
+        TypeError, pickle.PicklingError, AttributeError, ...: the object cannot be pickled.
+    """
+    if kind is Kind.BOOL:
+        return b"\1" if value else b"\0"
+    if kind is Kind.INT:
+        if not -(2**63) <= value < 2**63:
+            raise OverflowError(f"integers travel as 64 bits, got {value}; send larger ones as str(value)")
+        return _INT.pack(value)
+    if kind is Kind.FLOAT:
+        return _FLOAT.pack(value)
+    if kind is Kind.STR:
+        return value.encode("utf-8", "surrogatepass")  # type: ignore[no-any-return]
+    if kind is Kind.PATH:
+        return os.fsencode(value)
+    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decode(payload: bytes, kind: Kind) -> Any:
+    """The inverse of :func:`encode`. Only objects are unpickled."""
+    if kind is Kind.BOOL:
+        return payload == b"\1"
+    if kind is Kind.INT:
+        return _INT.unpack(payload)[0]
+    if kind is Kind.FLOAT:
+        return _FLOAT.unpack(payload)[0]
+    if kind is Kind.STR:
+        return payload.decode("utf-8", "surrogatepass")
+    if kind is Kind.PATH:
+        return Path(os.fsdecode(payload))
+    return pickle.loads(payload)
+
+
+def exchange(context: Context, group: Group, message: Message, *, to: int | None = None) -> list[Message]:
+    """Every member's message, in the order of the group's ranks, checked to fit together.
+
+    Args:
+        to: the only global rank that needs payloads over 240 bytes whole; default: all.
+
+    Raises:
+        PeerFailed: a member could not make its part, and says why.
+        CollectiveMismatch: the members are in different collectives, or have different kinds of values.
+
+    Cost: one all_gather of 256 bytes per rank; if the longest payload is over 240 bytes, a second
+    one (or a gather, with ``to``) of the rest of it.
+    """
+    messages, lengths = exchange_heads(context, group, message)
+    longest = max(lengths) - INLINE
+    if longest <= 0:
+        return messages
+    rest = _gather_bytes(context, group, message.payload[INLINE:].ljust(longest, b"\0"), to)
+    tails = [rest[i * longest : i * longest + max(length - INLINE, 0)] for i, length in enumerate(lengths)]
+    return [dataclasses.replace(m, payload=m.payload + tail) for m, tail in zip(messages, tails, strict=True)]
+
+
+def exchange_heads(context: Context, group: Group, message: Message) -> tuple[list[Message], list[int]]:
+    """The first half of :func:`exchange`: payloads up to 240 bytes, and how long they are in full."""
+    header = _HEADER.pack(message.call, message.kind, OPS.index(message.op), message.root, len(message.payload))
+    gathered = _gather_bytes(context, group, (header + message.payload[:INLINE]).ljust(FRAME, b"\0"))
+    messages, lengths = [], []
+    for start in range(0, len(gathered), FRAME):
+        call, kind, op, root, length = _HEADER.unpack_from(gathered, start)
+        body = start + _HEADER.size
+        payload = bytes(gathered[body : body + min(length, INLINE)])
+        messages.append(Message(Call(call), Kind(kind), payload, OPS[op], root))
+        lengths.append(length)
+    _check(messages, group)
+    return messages, lengths
+
+
+def broadcast_bytes(context: Context, group: Group, mine: bytes, length: int, src: int) -> bytes:
+    """Rank ``src``'s bytes, whose length all know already. Cost: one broadcast."""
+    memory = bytearray(mine if context.rank == src else bytes(length))
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    staged = tensor.to(context.backend.device())
+    context.backend.broadcast_(staged, src, group).wait()
+    tensor.copy_(staged)
+    return bytes(memory)
+
+
+def scatter_bytes(context: Context, group: Group, rows: list[bytes] | None, length: int, src: int) -> bytes:
+    """This rank's row of rank ``src``'s, all of one length that all know already. Cost: one scatter."""
+    memory = bytearray(length)
+    out = torch.frombuffer(memory, dtype=torch.uint8)
+    device = context.backend.device()
+    staged = out.to(device)
+    tensor = None if rows is None else torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).to(device)
+    context.backend.scatter_into(staged, tensor, src, group).wait()
+    out.copy_(staged)
+    return bytes(memory)
+
+
+def _gather_bytes(context: Context, group: Group, mine: bytes, to: int | None = None) -> bytearray:
+    """Equally many bytes of every member. The tensors lie over the byte arrays: no copy, and no need of NumPy."""
+    gathered = bytearray(group.size * len(mine))
+    device = context.backend.device()
+    tensor = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device)
+    out = torch.frombuffer(gathered, dtype=torch.uint8)
+    staged = out.to(device)
+    if to is None:
+        context.backend.all_gather_into(staged, tensor, group).wait()
+    else:
+        context.backend.gather_into(staged if context.rank == to else None, tensor, to, group).wait()
+    if staged is not out:
+        out.copy_(staged)
+    return gathered
+
+
+def _check(messages: list[Message], group: Group) -> None:
+    errors = {rank: m.payload.decode() for rank, m in zip(group.ranks, messages, strict=True) if m.kind is Kind.ERROR}
+    if errors:
+        said = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items())
+        raise PeerFailed(f"{messages[0].call.name.lower()} was given a value that cannot be sent. {said}")
+    if not agree(messages):
+        raise CollectiveMismatch(explain(messages, group))
+
+
+def agree(messages: list[Message]) -> bool:
+    """Whether all are in one collective with one reduction and root, and one kind of value where there is one."""
+    first = messages[0]
+    kind = next((m.kind for m in messages if m.kind is not Kind.ABSENT), Kind.ABSENT)
+    return all(
+        m.call is first.call and m.op == first.op and m.root == first.root and m.kind in (kind, Kind.ABSENT)
+        for m in messages
+    )
+
+
+def explain(messages: list[Message], group: Group) -> str:
+    """The parts side by side, the ranks that have the same one together."""
+    by_part: dict[str, list[str]] = {}
+    for rank, message in zip(group.ranks, messages, strict=True):
+        by_part.setdefault(message.describe(), []).append(str(rank))
+    table = "".join(f"\n  rank {', '.join(ranks)}: {part}" for part, ranks in by_part.items())
+    return f"the ranks do not fit together; all must make the same call with the same kind of value:{table}"
