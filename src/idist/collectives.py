@@ -167,9 +167,7 @@ def all_gather(
     return [wire.decode(message.payload, message.kind) for message in messages]
 
 
-def all_gather_tensors_with_shapes(
-    tensor: Tensor, shapes: Sequence[Sequence[int]], group: Any = None
-) -> list[Tensor]:
+def all_gather_tensors_with_shapes(tensor: Tensor, shapes: Sequence[Sequence[int]], group: Any = None) -> list[Tensor]:
     """Every rank's tensor, where the shapes differ and every rank knows them all.
 
     Args:
@@ -194,7 +192,9 @@ def all_gather_tensors_with_shapes(
     if len(sizes) != members.size:
         raise ConfigError(f"expected one shape for each of {members.size} ranks, got {len(sizes)}")
     if sizes[members.index] != tensor.shape:
-        raise ConfigError(f"shapes give {tuple(sizes[members.index])} for this rank, its tensor is {tuple(tensor.shape)}")
+        raise ConfigError(
+            f"shapes give {tuple(sizes[members.index])} for this rank, its tensor is {tuple(tensor.shape)}"
+        )
     longest = max(size.numel() for size in sizes)
     padded = tensor.detach().new_zeros(longest)
     padded[: tensor.numel()] = tensor.detach().reshape(-1)
@@ -604,9 +604,7 @@ def _scatter(context: Context, group: Group, values: Any, src: int) -> Any:
                 raise ConfigError(f"scatter takes a sequence of {group.size} values on rank {src}, got {what}")
             if any(isinstance(value, Tensor) for value in values):
                 stacked = _stacked(values)
-                message = Message(
-                    Call.SCATTER, Kind.TENSOR, _described(stacked.dtype, stacked.shape[1:]), root=src
-                )
+                message = Message(Call.SCATTER, Kind.TENSOR, _described(stacked.dtype, stacked.shape[1:]), root=src)
             else:
                 rows = _packed(values)
                 message = Message(Call.SCATTER, Kind.OBJECT, str(len(rows[0])).encode(), root=src)

@@ -101,3 +101,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'gloo'?`` with its leading blank, or nothing where no known name is close."""
     closest = close_match(name, known)
     return f" Did you mean {closest!r}?" if closest else ""
+
+
+def listed(items: Iterable[object]) -> str:
+    """``'a', 'b', 'c'``: values as they appear in a message."""
+    return ", ".join(repr(item) for item in items)

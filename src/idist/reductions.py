@@ -25,7 +25,9 @@ def check(op: str, dtype: torch.dtype) -> None:
         ConfigError: an unknown reduction, or one that this type does not have.
     """
     if op not in OPS:
-        raise ConfigError(f"op {op!r} is unknown; expected one of {', '.join(OPS)}.{did_you_mean(str(op).upper(), OPS)}")
+        raise ConfigError(
+            f"op {op!r} is unknown; expected one of {', '.join(OPS)}.{did_you_mean(str(op).upper(), OPS)}"
+        )
     floating = dtype.is_floating_point or dtype.is_complex
     if op in ("AND", "OR") and floating:
         raise ConfigError(f"op {op} is for integers and booleans, got {dtype}")
@@ -48,7 +50,8 @@ def of_tensors(stacked: Tensor, op: str) -> Tensor:
         return stacked.amin(0)
     if op == "MAX":
         return stacked.amax(0)
-    return reduce(torch.bitwise_and if op == "AND" else torch.bitwise_or, stacked)
+    rows: list[Tensor] = list(stacked)
+    return reduce(torch.bitwise_and if op == "AND" else torch.bitwise_or, rows)
 
 
 def of_numbers(values: Sequence[bool] | Sequence[int] | Sequence[float], op: str) -> bool | int | float:
@@ -69,4 +72,4 @@ def of_numbers(values: Sequence[bool] | Sequence[int] | Sequence[float], op: str
         return math.prod(values)
     if op in ("MIN", "MAX"):
         return math.nan if any(map(math.isnan, values)) else (min if op == "MIN" else max)(values)
-    return reduce(and_ if op == "AND" else or_, values)  # type: ignore[operator,arg-type]
+    return reduce(and_ if op == "AND" else or_, values)

@@ -82,7 +82,9 @@ def serve(host: str, port: int, job_token: str | None, world_size: int, purpose:
     loopback = host in ("127.0.0.1", "localhost", "::1")
     family = socket.AF_INET6 if host == "::1" or (not loopback and socket.has_dualstack_ipv6()) else socket.AF_INET
     address = (host if loopback else "", port)
-    listener = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=not loopback and family == socket.AF_INET6)
+    listener = socket.create_server(
+        address, family=family, backlog=1024, dualstack_ipv6=not loopback and family == socket.AF_INET6
+    )
     port = listener.getsockname()[1]
     store = dist.TCPStore(
         host,
@@ -120,7 +122,7 @@ def _open(topology: Topology, purpose: str, init_method: str | None, deadline: f
 def _address(topology: Topology) -> tuple[str, list[int], bool]:
     if topology.master_addr is None:
         raise LaunchError(
-            f"{topology.environment}: rank {topology.rank} of {topology.world_size} does not know where to meet the others. "
+            f"{topology.environment}: rank {topology.rank} of {topology.world_size} does not know where to meet. "
             "Set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there, or pass init_method."
         )
     if topology.master_port is not None:
@@ -232,7 +234,8 @@ class _Meeting:
                 who = json.loads(owner)
                 raise LaunchError(
                     f"rank {self._topology.rank} came twice: process {who['pid']} on {who['host']} and process "
-                    f"{os.getpid()} on {socket.gethostname()}. Do two jobs meet at one address, or is a file left of an earlier one?"
+                    f"{os.getpid()} on {socket.gethostname()}. Do two jobs meet at one address, or is a file left of an "
+                    "earlier one?"
                 )
 
     def _gather_at(self, stage: str) -> None:

@@ -46,10 +46,6 @@ class Context:
         bound_to_world: whether this context ends with that process group.
     """
 
-    __slots__ = (
-        "backend", "bound_to_world", "everyone", "extra_groups", "groups", "neighbours", "owned", "rank", "topology", "verify", "world", "world_size"
-    )  # fmt: skip
-
     def __init__(self, backend: Backend, topology: Topology, *, owned: bool, verify: bool = False) -> None:
         self.backend = backend
         self.topology = topology
@@ -65,6 +61,7 @@ class Context:
         self.bound_to_world = not owned or self.world is not None
 
     def free_groups(self) -> None:
+        """Free the groups that were made in this context; never communicates."""
         cached = [group.handle for group in self.groups.values() if group.index >= 0 and group is not self.everyone]
         for handle in [*cached, *self.extra_groups]:
             self.backend.free_group(handle)
@@ -182,17 +179,13 @@ def start(
     context = current()
     if not isinstance(context.backend, Serial):
         whose = "idist.finalize() ends it" if context.owned else "you made it: use it as it is, or destroy it first"
-        raise ConfigError(
-            f"a {context.backend.name} context with {context.world_size} ranks exists already; {whose}"
-        )
+        raise ConfigError(f"a {context.backend.name} context with {context.world_size} ranks exists already; {whose}")
     try:
         topology = backend.start(topology, timeout=timeout, device=_device(device), **options)
     except BaseException:
         backend.stop()
         raise
-    _Slot.context = Context(
-        backend, topology, owned=True, verify=_verify_by_default() if verify is None else verify
-    )
+    _Slot.context = Context(backend, topology, owned=True, verify=_verify_by_default() if verify is None else verify)
 
 
 def finalize() -> None:

@@ -57,7 +57,9 @@ def run_threads(
                 failures.append((rank, error))
                 hub.abort(f"rank {rank} raised {type(error).__name__}: {error}")
 
-    threads = [threading.Thread(target=work, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(world_size)]
+    threads = [
+        threading.Thread(target=work, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(world_size)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -109,9 +111,7 @@ class _Hub:
         with self._lock:
             if self._aborted is not None:
                 raise PeerFailed(self._aborted)
-            barrier, table = self._tables.setdefault(
-                group.ranks, (threading.Barrier(group.size), [None] * group.size)
-            )
+            barrier, table = self._tables.setdefault(group.ranks, (threading.Barrier(group.size), [None] * group.size))
         table[group.index] = value
         try:
             barrier.wait(self._timeout)

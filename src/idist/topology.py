@@ -58,6 +58,14 @@ class Topology:
                 )
             if self.nnodes > self.world_size:
                 raise self._contradiction(f"{self.nnodes} nodes are more than world size {self.world_size}")
+            elsewhere = self.world_size - self.nproc_per_node
+            if elsewhere < self.nnodes - 1 or (elsewhere and self.nnodes == 1):
+                raise self._contradiction(
+                    f"{self.nproc_per_node} processes on this node leave {elsewhere} of world size {self.world_size} "
+                    f"for {self.nnodes - 1} other nodes"
+                )
+        elif (self.nproc_per_node, self.node_rank, self.nnodes) != (UNKNOWN,) * 3:
+            raise self._contradiction("some of the node fields are known and some are not")
         if self.master_port is not None and not 0 <= self.master_port < 2**16:
             raise self._contradiction(f"master port {self.master_port} is not between 0 and 65535")
 

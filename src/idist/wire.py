@@ -80,13 +80,16 @@ class Message:
     root: int = _NO_ROOT
 
     def describe(self) -> str:
+        """The part in words: ``all_reduce of int with SUM``."""
         if self.kind is Kind.ABSENT:
             what = f"{self.call.name.lower()} without a value"
         elif self.kind is Kind.TENSOR:
             what = f"{self.call.name.lower()} of a tensor {self.payload.decode()}"
         else:
             what = f"{self.call.name.lower()} of {self.kind.name.lower()}"
-        return what + (f" with {self.op}" if self.op else "") + (f" rooted at rank {self.root}" if self.root >= 0 else "")
+        return (
+            what + (f" with {self.op}" if self.op else "") + (f" rooted at rank {self.root}" if self.root >= 0 else "")
+        )
 
 
 _KINDS: dict[type, Kind] = {bool: Kind.BOOL, int: Kind.INT, float: Kind.FLOAT, str: Kind.STR}
@@ -134,7 +137,7 @@ def decode(payload: bytes, kind: Kind) -> Any:
         return payload.decode("utf-8", "surrogatepass")
     if kind is Kind.PATH:
         return Path(os.fsdecode(payload))
-    return pickle.loads(payload)
+    return pickle.loads(payload)  # noqa: S301 - object collectives only, as their docstrings say
 
 
 def exchange(context: Context, group: Group, message: Message, *, to: int | None = None) -> list[Message]:
@@ -213,7 +216,11 @@ def _gather_bytes(context: Context, group: Group, mine: bytes, to: int | None = 
 
 
 def _check(messages: list[Message], group: Group) -> None:
-    errors = {rank: m.payload.decode() for rank, m in zip(group.ranks, messages, strict=True) if m.kind is Kind.ERROR}
+    errors = {
+        rank: m.payload.decode(errors="ignore")
+        for rank, m in zip(group.ranks, messages, strict=True)
+        if m.kind is Kind.ERROR
+    }
     if errors:
         said = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items())
         raise PeerFailed(f"{messages[0].call.name.lower()} was given a value that cannot be sent. {said}")

@@ -85,7 +85,9 @@ def _find(name: str) -> Backend:
             return cls(name)
     known = [known for cls in classes() for known in cls.names()]
     unknown = sorted(parts - set(known))[0] if parts - set(known) else name
-    raise ConfigError(f"backend {unknown!r} is unknown; available here: {', '.join(available())}.{_advice(unknown, known)}")
+    raise ConfigError(
+        f"backend {unknown!r} is unknown; available here: {', '.join(available())}.{_advice(unknown, known)}"
+    )
 
 
 def _advice(unknown: str, known: list[str]) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from datetime import timedelta
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from idist.errors import UnknownArgument
+from idist.errors import UnknownArgument, did_you_mean
 from idist.topology import Topology
 
 
@@ -199,7 +200,8 @@ class Backend(ABC):
     @abstractmethod
     def wrap_model(self, model: torch.nn.Module, *, sync_bn: bool, **options: Any) -> torch.nn.Module:
         """The model on :meth:`device` already, with at least one trainable parameter, made to train
-        on all ranks alike."""
+        on all ranks alike.
+        """
 
     def wrap_optimizer(self, optimizer: Optimizer, **options: Any) -> Optimizer:
         """The optimizer, made to step with reduced gradients if wrapping the model did not do that."""
@@ -212,5 +214,8 @@ class Backend(ABC):
 
     def _reject(self, options: dict[str, Any]) -> None:
         """Options are passed on from the user, so the last to take them has to refuse what is left."""
-        if options:
-            raise UnknownArgument(f"backend {self.name!r} does not know the option {', '.join(sorted(options))}")
+        for name in options:
+            known = signature(self.start).parameters
+            raise UnknownArgument(
+                f"backend {self.name!r} does not know the option {name!r}.{did_you_mean(name, known)}"
+            )

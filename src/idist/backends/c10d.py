@@ -37,6 +37,10 @@ _REDUCES: dict[str, dict[str, frozenset[torch.dtype]]] = {
     "gloo": {**dict.fromkeys(_ARITHMETIC, _INTEGERS | _FLOATS), "AND": _INTEGERS, "OR": _INTEGERS},
     "nccl": dict.fromkeys(_ARITHMETIC, _INTEGERS | _FLOATS),
 }
+# torch 2.13 renamed these.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 _NOT_BACKENDS = frozenset({"undefined", "fake"})
 
 
@@ -61,6 +65,7 @@ class C10d(Backend):
         self._device = torch.device("cpu")
         self._store: dist.Store | None = None
         self._one_node = False
+        self._timeout: timedelta | None = None
 
     # Life
 
@@ -71,7 +76,10 @@ class C10d(Backend):
                 return f"this torch ({torch.__version__}) is built without it", _install_hint(library)
             types = dist.Backend.backend_capability.get(library, [])
             if "cpu" not in types and not self._accelerator_in(types):
-                return f"there is no {' or '.join(types)} device", f"Use backend {_cpu_backend()!r} for training on CPUs."
+                return (
+                    f"there is no {' or '.join(types)} device",
+                    f"Use backend {_cpu_backend()!r} for training on CPUs.",
+                )
         return None
 
     @classmethod
@@ -113,9 +121,7 @@ class C10d(Backend):
         def bind(placed: Topology) -> None:
             self._device = self._bind(placed, device)
 
-        store, topology = rendezvous.join(
-            topology, self.name, init_method=init_method, timeout=timeout, prepare=bind
-        )
+        store, topology = rendezvous.join(topology, self.name, init_method=init_method, timeout=timeout, prepare=bind)
         dist.init_process_group(
             self.name,
             store=store,
@@ -124,7 +130,8 @@ class C10d(Backend):
             timeout=timeout,
             pg_options=pg_options,
         )
-        self.rank, self.world_size, self._store = topology.rank, topology.world_size, store
+        self.rank, self.world_size = topology.rank, topology.world_size
+        self._store, self._timeout = store, timeout
         return topology
 
     def stop(self) -> None:
@@ -149,13 +156,13 @@ class C10d(Backend):
         return dist.all_reduce(tensor, _OPS[op], group.handle, async_op=True)  # type: ignore[no-any-return]
 
     def all_gather_into(self, out: Tensor, tensor: Tensor, group: Group) -> Work:
-        return dist.all_gather_into_tensor(_wire(out), _wire(tensor), group.handle, async_op=True)  # type: ignore[no-any-return]
+        return _all_gather_single(_wire(out), _wire(tensor), group.handle, async_op=True)  # type: ignore[no-any-return]
 
     def broadcast_(self, tensor: Tensor, src: int, group: Group) -> Work:
         return dist.broadcast(_wire(tensor), src, group.handle, async_op=True)  # type: ignore[no-any-return]
 
     def reduce_scatter_into(self, out: Tensor, tensor: Tensor, op: str, group: Group) -> Work:
-        return dist.reduce_scatter_tensor(out, tensor, _OPS[op], group.handle, async_op=True)  # type: ignore[no-any-return]
+        return _reduce_scatter_single(out, tensor, _OPS[op], group.handle, async_op=True)  # type: ignore[no-any-return]
 
     def all_to_all_into(self, out: Tensor, tensor: Tensor, group: Group) -> Work:
         return dist.all_to_all_single(_wire(out), _wire(tensor), group=group.handle, async_op=True)  # type: ignore[no-any-return]
@@ -176,6 +183,7 @@ class C10d(Backend):
     def new_group(self, ranks: tuple[int, ...], **options: Any) -> Any:
         if self.rank not in ranks:
             return GroupMember.NON_GROUP_MEMBER
+        options.setdefault("timeout", self._timeout)  # torch would take its default, not the world's
         # Members only: a rank that has no part in the group need not take part in making it.
         return dist.new_group(list(ranks), use_local_synchronization=True, **options)
 
@@ -222,8 +230,12 @@ class C10d(Backend):
         if device.type == "cpu":
             return device
         if device.type not in self._by_device or self._accelerator_in([device.type]) is None:
-            usable = ", ".join(sorted(kind for kind in self._by_device if kind == "cpu" or self._accelerator_in([kind])))
-            raise ConfigError(f"device {str(device)!r} cannot be used with backend {self.name!r}; here it serves: {usable}")
+            usable = ", ".join(
+                sorted(kind for kind in self._by_device if kind == "cpu" or self._accelerator_in([kind]))
+            )
+            raise ConfigError(
+                f"device {str(device)!r} cannot be used with backend {self.name!r}; here it serves: {usable}"
+            )
         if device.index is None:
             device = torch.device(device.type, _device_index(device.type, topology))
         elif device.index >= torch.accelerator.device_count():
@@ -294,5 +306,3 @@ def _cpu_backend() -> str:
 def _install_hint(library: str) -> str:
     builds = {"nccl": "Install a CUDA build of torch: https://pytorch.org/get-started/locally/"}
     return builds.get(library, "It needs a torch that was built from source with it.")
-
-

@@ -14,6 +14,8 @@ from idist.topology import Topology
 
 
 class Serial(Backend):
+    """The world of one that is there before anything was initialised."""
+
     model_name = "serial"
     rank = 0
     world_size = 1
