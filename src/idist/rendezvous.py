@@ -8,12 +8,15 @@ failed or never came.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
+import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -26,10 +29,14 @@ DEFAULT_TIMEOUT = timedelta(minutes=5)
 """How long ranks wait for each other where the user gave no timeout: torch's default for stores."""
 
 _RETRY_S = 0.2
+_POLL_S = 0.01
 _PROBE_S = 2.0
 _HANDSHAKE_S = 5.0
 _LINGER_S = 2.0
 _CARD = "idist/job"
+# This process, and no other that has or had its id; a forked one may share it, but not the rank. How often it has met.
+_BORN = secrets.token_hex(8)
+_TIMES = itertools.count()
 # Below the ports that Linux, macOS and IANA hand out to clients (32768 and up), above the registered busy ones.
 _CANDIDATE_PORTS = range(20000, 30000)
 _CANDIDATES = 16
@@ -52,25 +59,37 @@ def join(
         timeout: how long to wait for the others.
         prepare: called with the complete topology; if it raises on one rank, all ranks hear of it.
 
+    The ranks of one job may meet as often as they like at one address, one after the other.
+
     Returns:
-        A store for this job alone, and the topology with its node fields filled in.
+        A store for this meeting alone, and the topology with its node fields filled in.
 
     Raises:
         LaunchError: the store cannot be reached or is another job's, ranks are missing or come
-            twice, or ``prepare`` raised on another rank.
+            twice or want another purpose, or ``prepare`` raised on another rank.
 
-    Cost: three round trips to the store per rank, and one more plus ``world_size`` small values
-    where the environment does not tell the nodes.
+    Cost: some ten round trips to the store per rank, and ``world_size`` small values where the
+    environment does not tell the nodes.
     """
     deadline = time.monotonic() + (timeout or DEFAULT_TIMEOUT).total_seconds()
-    if topology.world_size == 1 and init_method is None:
-        store: dist.Store = dist.HashStore()
-    else:
-        store = _open(topology, purpose, init_method, deadline)
-    return store, _Meeting(store, topology, deadline).hold(prepare)
+    lasting = topology.store_served or (init_method or "").startswith("file:")
+    store = _open(topology, init_method, deadline)
+    after = 0
+    while True:
+        attempt = _next_attempt(store, topology, after, deadline)
+        meeting = _Meeting(store, attempt, topology, deadline)
+        try:
+            meeting.claim(lasting)
+            return meeting.store, meeting.hold(purpose, prepare)
+        except _Past:
+            after = attempt
+        if not lasting:  # the store of a context that this rank has left, and rank 0 not yet
+            del meeting, store
+            time.sleep(_RETRY_S)
+            store, after = _open(topology, init_method, deadline), 0
 
 
-def serve(host: str, port: int, job_token: str | None, world_size: int, purpose: str) -> dist.TCPStore:
+def serve(host: str, port: int, job_token: str | None, world_size: int) -> dist.TCPStore:
     """Serve the store of a job on ``host:port``; on the loopback interface alone, if that is what ``host`` is.
 
     Args:
@@ -95,11 +114,23 @@ def serve(host: str, port: int, job_token: str | None, world_size: int, purpose:
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
-    store.set(_CARD, _card(job_token, world_size, purpose))
+    store.set(_CARD, _card(job_token, world_size))
     return store
 
 
-def _open(topology: Topology, purpose: str, init_method: str | None, deadline: float) -> dist.Store:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Address:
+    """Where the store is: one host and port, or several that rank 0 may have taken."""
+
+    hosts: Sequence[str]
+    ports: Sequence[int]
+    served: bool
+
+    def __str__(self) -> str:
+        return f"{' or '.join(self.hosts)}, port {', '.join(map(str, self.ports))}"
+
+
+def _open(topology: Topology, init_method: str | None, deadline: float) -> dist.Store:
     url = urlsplit(init_method or "env://")
     if url.scheme == "file":
         if not url.path:
@@ -108,31 +139,33 @@ def _open(topology: Topology, purpose: str, init_method: str | None, deadline: f
     if url.scheme == "tcp":
         if url.hostname is None or url.port is None:
             raise ConfigError(f"init_method {init_method!r} is not tcp://host:port")
-        host, ports, served = url.hostname, [url.port], False
+        address = _Address([url.hostname], [url.port], served=False)
     elif url.scheme == "env":
-        host, ports, served = _address(topology)
+        address = _address(topology)
     else:
         raise ConfigError(f"init_method {init_method!r} is unknown; expected tcp://host:port, file:///path or env://")
-    card = _card(topology.job_token, topology.world_size, purpose)
-    store = _serve_first(host, ports, topology, purpose) if topology.rank == 0 and not served else None
-    store = store or _connect(host, ports, card, topology, deadline)
+    if topology.rank == 0 and not address.served:
+        store = _serve_first(address, topology)
+    else:
+        store = _connect(address, _card(topology.job_token, topology.world_size), topology, deadline)
     return dist.PrefixStore(f"idist/{topology.job_token}", store)
 
 
-def _address(topology: Topology) -> tuple[str, list[int], bool]:
-    if topology.master_addr is None:
+def _address(topology: Topology) -> _Address:
+    hosts = topology.hosts if topology.master_addr is None else (topology.master_addr,)
+    if not hosts:
         raise LaunchError(
             f"{topology.environment}: rank {topology.rank} of {topology.world_size} does not know where to meet. "
             "Set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there, or pass init_method."
         )
     if topology.master_port is not None:
-        return topology.master_addr, [topology.master_port], topology.store_served
+        return _Address(hosts, [topology.master_port], topology.store_served)
     if topology.job_token is None:
         raise LaunchError(
-            f"{topology.environment}: MASTER_ADDR={topology.master_addr} is known but MASTER_PORT is not. "
+            f"{topology.environment}: MASTER_ADDR={hosts[0]} is known but MASTER_PORT is not. "
             "Set MASTER_PORT to a free port of that host, the same on all ranks."
         )
-    return topology.master_addr, candidate_ports(topology.job_token), False
+    return _Address(hosts, candidate_ports(topology.job_token), served=False)
 
 
 def candidate_ports(job_token: str) -> list[int]:
@@ -145,35 +178,38 @@ def candidate_ports(job_token: str) -> list[int]:
     return [_CANDIDATE_PORTS[(start + i * step) % len(_CANDIDATE_PORTS)] for i in range(_CANDIDATES)]
 
 
-def _serve_first(host: str, ports: list[int], topology: Topology, purpose: str) -> dist.Store:
-    for port in ports:
+def _serve_first(address: _Address, topology: Topology) -> dist.Store:
+    # Of several hosts one is this one, and no other rank 0 serves this job: its own name will do.
+    host = address.hosts[0] if len(address.hosts) == 1 else socket.gethostname()
+    for port in address.ports:
         try:
-            return serve(host, port, topology.job_token, topology.world_size, purpose)
+            return serve(host, port, topology.job_token, topology.world_size)
         except OSError as error:
             refused = error
     raise LaunchError(
-        f"rank 0 cannot listen on port {', '.join(map(str, ports))}: {refused.strerror}. "
-        "Another job on this host may have it: choose another MASTER_PORT."
+        f"rank 0 cannot listen at {address}: {refused.strerror}. Another job on this host may have the port: "
+        "choose another MASTER_PORT."
     ) from refused
 
 
-def _connect(host: str, ports: list[int], card: str, topology: Topology, deadline: float) -> dist.Store:
-    """Try the ports in turn until one proves to be our job's."""
+def _connect(address: _Address, card: str, topology: Topology, deadline: float) -> dist.Store:
+    """Try the places in turn until one proves to be our job's."""
+    places = [(host, port) for host in address.hosts for port in address.ports]
     problem = "nothing listens there"
     while time.monotonic() < deadline:
-        for port in ports:
+        for host, port in places:
             try:
                 return _knock(host, port, card, topology, deadline)
             except _Stranger as stranger:
                 problem = str(stranger)
-                if len(ports) == 1:
+                if len(places) == 1:
                     raise LaunchError(f"rank {topology.rank}: {host}:{port} is not ours: {problem}") from None
             except (OSError, RuntimeError) as error:
                 problem = (str(error) or type(error).__name__).splitlines()[0]
         time.sleep(_RETRY_S)
     raise LaunchError(
         f"rank {topology.rank} of {topology.world_size} on {socket.gethostname()} could not reach the store of its job "
-        f"at {host}, port {', '.join(map(str, ports))}: {problem}. Is rank 0 running, and can this host reach it?"
+        f"at {address}: {problem}. Is rank 0 running, and can this host reach it?"
     )
 
 
@@ -202,55 +238,117 @@ def _knock(host: str, port: int, card: str, topology: Topology, deadline: float)
     return client
 
 
-def _card(job_token: str | None, world_size: int, purpose: str) -> str:
-    return f"job {job_token or 'without a token'}, {world_size} ranks, {purpose}"
+def _card(job_token: str | None, world_size: int) -> str:
+    return f"job {job_token or 'without a token'}, {world_size} ranks"
+
+
+class _Past(Exception):
+    """This attempt is over: its seat is taken by a process that is gone, or rank 0 has begun another one."""
+
+
+def _next_attempt(store: dist.Store, topology: Topology, after: int, deadline: float) -> int:
+    """The number of the attempt to take part in: a store may outlive the processes of an earlier one.
+
+    torchrun restarts the workers of all nodes but tells them nothing by which they could know one
+    attempt from another, and keeps its store. Rank 0 alone opens an attempt and closes its meeting,
+    so none can succeed in which rank 0 is of the past.
+    """
+    if topology.rank == 0:
+        return int(store.add("attempt", 1))
+    while (attempt := int(store.add("attempt", 0))) <= after:
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"rank {topology.rank} of {topology.world_size} waited in vain for rank 0 "
+                + (f"to come again: attempt {after} is over" if after else "to come")
+            )
+        time.sleep(_POLL_S)
+    return attempt
 
 
 class _Meeting:
-    """All ranks say who they are, prepare, and wait for one verdict."""
+    """One attempt: all ranks say who they are, prepare, and wait for one verdict.
 
-    def __init__(self, store: dist.Store, topology: Topology, deadline: float) -> None:
-        self._store = store
+    Attributes:
+        store: for this attempt alone.
+    """
+
+    def __init__(self, store: dist.Store, attempt: int, topology: Topology, deadline: float) -> None:
+        self.store = dist.PrefixStore(f"attempt/{attempt}", store)
+        self._all_attempts = store
+        self._attempt = attempt
         self._topology = topology
         self._deadline = deadline
 
-    def hold(self, prepare: Callable[[Topology], None] | None) -> Topology:
-        self._claim()
-        if not self._topology.placed:
-            self._gather_at("claimed")
-            self._topology = self._topology.place([who["host"] for who in self._present().values()])
-        if prepare is not None:
-            with self._telling_others():
-                prepare(self._topology)
-        self._gather_at("ready")
+    def claim(self, lasting: bool) -> None:
+        """Take this rank's seat. Two processes with one rank are two jobs, a wrong launch, or two attempts.
+
+        Args:
+            lasting: the store outlives the processes that meet there.
+        """
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "born": _BORN, "times": next(_TIMES)}
+        said = json.dumps(me)
+        owner = self.store.compare_set(self._seat(self._topology.rank), "", said).decode()
+        if owner == said:
+            return
+        who = json.loads(owner)
+        if lasting or who["born"] == _BORN:
+            raise _Past
+        with self._telling_others():
+            raise LaunchError(
+                f"rank {self._topology.rank} came twice: process {who['pid']} on {who['host']} and process "
+                f"{os.getpid()} on {socket.gethostname()}. Do two jobs meet at one address?"
+            )
+
+    def hold(self, purpose: str, prepare: Callable[[Topology], None] | None) -> Topology:
+        """Meet; return the topology with its node fields filled in.
+
+        Raises:
+            _Past: rank 0 has begun another attempt meanwhile.
+        """
+        try:
+            self._agree_on(purpose)
+            if not self._topology.placed:
+                self._gather_at("claimed")
+                self._topology = self._topology.place([who["host"] for who in self._present().values()])
+            if prepare is not None:
+                with self._telling_others():
+                    prepare(self._topology)
+            self._gather_at("ready")
+        except dist.DistError as error:
+            problem = str(error).splitlines()[0]
+            raise LaunchError(
+                f"rank {self._topology.rank} lost the store of its job while the ranks met; rank 0 serves it, "
+                f"so look for its error first ({problem})"
+            ) from error
         return self._topology
 
-    def _claim(self) -> None:
-        """A rank is taken once: two processes with one rank are two jobs, or a wrong launch."""
-        me = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+    def _agree_on(self, purpose: str) -> None:
+        first = self.store.compare_set("purpose", "", purpose).decode()
         with self._telling_others():
-            owner = self._store.compare_set(self._seat(self._topology.rank), "", me).decode()
-            if owner != me:
-                who = json.loads(owner)
-                raise LaunchError(
-                    f"rank {self._topology.rank} came twice: process {who['pid']} on {who['host']} and process "
-                    f"{os.getpid()} on {socket.gethostname()}. Do two jobs meet at one address, or is a file left of an "
-                    "earlier one?"
-                )
+            if first != purpose:
+                raise LaunchError(f"this rank is to start {purpose!r}, but others {first!r}; all ranks need the same")
 
     def _gather_at(self, stage: str) -> None:
-        """Wait until every rank is at ``stage``; the last to come, or whoever fails, speaks the verdict."""
-        if self._store.add(f"at/{stage}", 1) == self._topology.world_size:
+        """Wait until every rank is at ``stage``. Rank 0, or whoever fails, speaks the verdict."""
+        if self.store.add(f"at/{stage}", 1) == self._topology.world_size:
+            self.store.set(f"all at/{stage}", "yes")
+        if self._topology.rank == 0:
+            self._wait_for(f"all at/{stage}", stage)
             self._say(stage, "go")
-        while not self._store.check([stage]):
-            if time.monotonic() > self._deadline:
-                self._say(stage, self._missing())
-            with contextlib.suppress(dist.DistStoreError):
-                self._store.wait([stage], timedelta(seconds=min(1.0, max(self._deadline - time.monotonic(), 0.1))))
-        verdict = self._store.get(stage).decode()
+        self._wait_for(stage, stage)
+        verdict = self.store.get(stage).decode()
         if verdict != "go":
             self._leave_together()
             raise LaunchError(verdict)
+
+    def _wait_for(self, key: str, stage: str) -> None:
+        while not self.store.check([key]):
+            if int(self._all_attempts.add("attempt", 0)) > self._attempt:
+                raise _Past
+            if time.monotonic() > self._deadline:
+                self._say(stage, self._missing())
+            with contextlib.suppress(dist.DistStoreError):  # not there yet
+                self.store.wait([key], timedelta(seconds=min(1.0, max(self._deadline - time.monotonic(), 0.1))))
 
     @contextlib.contextmanager
     def _telling_others(self) -> Iterator[None]:
@@ -264,7 +362,9 @@ class _Meeting:
             raise
 
     def _say(self, stage: str, verdict: str) -> None:
-        self._store.compare_set(stage, "", verdict)
+        """The first verdict counts; after one, rank 0 need not wait for the rest."""
+        self.store.compare_set(stage, "", verdict)
+        self.store.set(f"all at/{stage}", "no matter")
 
     def _leave_together(self) -> None:
         """Rank 0 may serve the store: it stays for a moment so that the others can read why."""
@@ -273,7 +373,7 @@ class _Meeting:
 
     def _present(self) -> dict[int, dict[str, str]]:
         seats = {rank: self._seat(rank) for rank in range(self._topology.world_size)}
-        return {rank: json.loads(self._store.get(seat)) for rank, seat in seats.items() if self._store.check([seat])}
+        return {rank: json.loads(self.store.get(seat)) for rank, seat in seats.items() if self.store.check([seat])}
 
     def _missing(self) -> str:
         present = self._present()
