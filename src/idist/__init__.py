@@ -30,7 +30,9 @@ from idist.errors import (
     WorkerFailed,
 )
 from idist.groups import new_group
+from idist.launchers.argv import drop_local_rank as _drop_local_rank
 from idist.parallel import Parallel, spawn
+from idist.preemption import should_stop
 from idist.ranks import (
     available_backends,
     backend,
@@ -97,7 +99,11 @@ __all__ = [
     "registered_computation_models",
     "scatter",
     "set_local_rank",
+    "should_stop",
     "show_config",
     "spawn",
     "sync",
 ]
+
+# Before the script reads its arguments, which is before it calls us.
+_drop_local_rank()

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import GroupMember
 from idist import backends, environments
 from idist.backends.base import Backend, Group
 from idist.backends.serial import Serial
-from idist.errors import ConfigError, LaunchError
+from idist.errors import ConfigError, LaunchError, UnknownArgument
 from idist.topology import SERIAL, Topology
 
 __all__ = ["Context", "current", "finalize", "initialize", "place", "set_local_rank", "start", "sync"]
@@ -40,6 +40,7 @@ class Context:
         groups: by their ranks; made once, freed with the context.
         extra_groups: handles of the groups that were made with options, freed with the context too.
         everyone: the group of all ranks.
+        at_end: called when the context is finalized, in the thread that does it.
         neighbours: the global ranks of this node by local rank, once somebody has asked.
         world: the torch process group that was current when this context was last looked at: when
             another one is, or none, the user made or destroyed it.
@@ -57,6 +58,7 @@ class Context:
         self.groups: dict[tuple[int, ...], Group] = {}
         self.extra_groups: list[Any] = []
         self.neighbours: tuple[int, ...] | None = None
+        self.at_end: list[Callable[[], None]] = []
         self.world: Any = GroupMember.WORLD
         self.bound_to_world = not owned or self.world is not None
 
@@ -148,13 +150,14 @@ def initialize(
 
     Cost: no collective; a few round trips to the store.
     """
+    topology, span = _topology_from(rank, world_size, os.environ), _duration(timeout)
     if backend is None:
-        _refuse_to_be_quietly_alone()
+        _refuse_to_be_quietly_alone(topology, options)
         return
     start(
         backends.create(backend),
-        _topology_from(rank, world_size, os.environ),
-        timeout=_duration(timeout),
+        topology,
+        timeout=span,
         device=device,
         verify=verify,
         **({} if init_method is None else {"init_method": init_method}),
@@ -196,6 +199,8 @@ def finalize() -> None:
     global _local_rank_hint
     context = current()
     context.free_groups()
+    while context.at_end:
+        context.at_end.pop()()
     _local_rank_hint = None
     if context.owned:
         _Slot.context = _serial()
@@ -244,7 +249,8 @@ def set_local_rank(index: int) -> None:
 
 def local_rank() -> int:
     """This process's index on its node; see :func:`placed`."""
-    if _local_rank_hint is not None:
+    context = current()
+    if _local_rank_hint is not None and not context.owned and context.world_size > 1:
         return _local_rank_hint
     return placed().topology.local_rank
 
@@ -278,16 +284,13 @@ def _observed(backend: Backend, env: Mapping[str, str]) -> Topology:
     """The topology of a group that the user made: its own ranks, the nodes from the launcher, if it tells."""
     rank, world_size = backend.rank, backend.world_size
     by_hand = Topology(f"made by hand ({backend.name})", rank, world_size)
-    if backend.one_node:
-        return by_hand.place(["this node"] * world_size)
     try:
         told = environments.detect(env).topology
+        if told.world_size == world_size > 1 and told.placed:
+            return dataclasses.replace(told, rank=rank)
     except LaunchError as error:
         logger.info("the variables of the launcher are not used: %s", error)
-        return by_hand
-    if told.world_size != world_size or not told.placed:
-        return by_hand
-    return dataclasses.replace(told, rank=rank)
+    return by_hand.place(["this node"] * world_size) if backend.one_node else by_hand
 
 
 def _exchange_hosts(context: Context) -> list[str]:
@@ -332,13 +335,14 @@ def detect(env: Mapping[str, str]) -> Topology:
     return detection.topology
 
 
-def _refuse_to_be_quietly_alone() -> None:
-    topology = detect(os.environ)
+def _refuse_to_be_quietly_alone(topology: Topology, options: Mapping[str, Any]) -> None:
     if topology.world_size > 1:
         raise ConfigError(
             f"backend=None means not distributed, but {topology.environment} started {topology.world_size} processes: "
             "each would train a model of its own. Pass a backend ('auto' picks one), or start one process."
         )
+    if options:
+        raise UnknownArgument(f"backend=None takes no options, got {', '.join(sorted(options))}")
 
 
 def _duration(timeout: float | timedelta | None) -> timedelta | None:
@@ -346,7 +350,10 @@ def _duration(timeout: float | timedelta | None) -> timedelta | None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float, timedelta)):
         raise ConfigError(f"timeout must be a number of seconds or a timedelta, got {timeout!r}")
-    span = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+    try:
+        span = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"timeout must be a finite number of seconds, got {timeout!r}") from error
     if span <= timedelta(0):
         raise ConfigError(f"timeout must be more than 0 seconds, got {timeout!r}")
     return span
