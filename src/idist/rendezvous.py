@@ -18,10 +18,11 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import torch.distributed as dist
 
+from idist import mpiexec
 from idist.errors import ConfigError, LaunchError
 from idist.topology import Topology
 
@@ -40,6 +41,7 @@ _TIMES = itertools.count()
 # Below the ports that Linux, macOS and IANA hand out to clients (32768 and up), above the registered busy ones.
 _CANDIDATE_PORTS = range(20000, 30000)
 _CANDIDATES = 16
+_LOCATE = {"mpi": mpiexec.locate}
 
 
 def join(
@@ -131,16 +133,19 @@ class _Address:
 
 
 def _open(topology: Topology, init_method: str | None, deadline: float) -> dist.Store:
+    if topology.world_size == 1 and init_method is None:
+        return dist.HashStore()
     url = urlsplit(init_method or "env://")
     if url.scheme == "file":
         if not url.path:
             raise ConfigError(f"init_method {init_method!r} has no path; expected file:///path/that/all/ranks/share")
         return dist.PrefixStore("idist", dist.FileStore(url.path, topology.world_size))
     if url.scheme == "tcp":
-        if url.hostname is None or url.port is None:
-            raise ConfigError(f"init_method {init_method!r} is not tcp://host:port")
-        address = _Address([url.hostname], [url.port], served=False)
+        host, port = _host_and_port(url)
+        address = _Address([host], [port], served=False)
     elif url.scheme == "env":
+        if topology.environment in _LOCATE and topology.master_addr is None:
+            topology = _LOCATE[topology.environment](topology)
         address = _address(topology)
     else:
         raise ConfigError(f"init_method {init_method!r} is unknown; expected tcp://host:port, file:///path or env://")
@@ -149,6 +154,13 @@ def _open(topology: Topology, init_method: str | None, deadline: float) -> dist.
     else:
         store = _connect(address, _card(topology.job_token, topology.world_size), topology, deadline)
     return dist.PrefixStore(f"idist/{topology.job_token}", store)
+
+
+def _host_and_port(url: SplitResult) -> tuple[str, int]:
+    with contextlib.suppress(ValueError):  # urllib's, for a port that is none
+        if url.hostname and url.port:
+            return url.hostname, url.port
+    raise ConfigError(f"init_method {url.geturl()!r} is not tcp://host:port")
 
 
 def _address(topology: Topology) -> _Address:
