@@ -1,0 +1,41 @@
+# Every command of the project. `make help` lists them.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+# What keeps the CUDA build of torch out of $(VENV); /dev/null lets it in.
+CONSTRAINTS ?= tools/cpu-constraints.txt
+# Further arguments of pytest or of the demo: make test ARGS="-k broadcast"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check test-gpu clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(VENV)/.made ## make the environment, $(VENV), without CUDA packages
+
+demo: env ## train a small CNN on handwritten digits with two processes
+	$(VENV)/bin/python examples/digits.py --nproc_per_node 2 --min_accuracy 0.97 $(ARGS)
+
+test: env ## run every test that needs pip alone
+	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+
+check: env ## lint, format, types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+test-gpu: ## run the tests that need a CUDA device, with the python3 and torch that are there
+	PYTHONPATH=$(CURDIR)/src python3 -m pytest -m gpu $(ARGS)
+
+clean: ## remove the environment and what the tools left
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache digits.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" --editable ".[dev]" \
+		|| { echo "$(VENV) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
+	touch $@

@@ -1,0 +1,80 @@
+"""What holds for every test: it leaves nothing behind."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import idist
+
+MARK = "IDIST_TEST_SESSION"
+GRACE_S = 5.0
+
+
+def pytest_configure() -> None:
+    # Every process that a test starts inherits the mark, also one that outlives its parent.
+    os.environ[MARK] = f"{os.getpid()}-{time.monotonic_ns()}"
+    os.environ["IDIST_VERIFY"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    before, environ = children(), variables()
+    yield
+    leaks = []
+    if idist.backend() is not None or idist.get_local_rank() != 0:
+        leaks.append(f"a context: backend {idist.backend()}, local rank {idist.get_local_rank()}")
+        idist.finalize()
+    if dist.is_initialized():
+        leaks.append("a process group of torch.distributed")
+        dist.destroy_process_group()
+    changed = {name for name, _ in environ.items() ^ variables().items()}
+    if changed:
+        leaks.append(f"changed variables: {sorted(changed)}")
+        for name in changed:
+            os.environ.pop(name, None)
+        os.environ.update(environ)
+    for pid, command in outliving(before).items():
+        leaks.append(f"process {pid}: {command}")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not leaks, f"the test left behind {', '.join(leaks)}"
+
+
+def variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+def outliving(before: dict[int, str]) -> dict[int, str]:
+    """The processes that are there still after a grace time and were not there before."""
+    multiprocessing.active_children()  # reaps those that have ended
+    deadline = time.monotonic() + GRACE_S
+    while new := {pid: command for pid, command in children().items() if pid not in before}:
+        if time.monotonic() > deadline:
+            return new
+        time.sleep(0.05)
+    return {}
+
+
+def children() -> dict[int, str]:
+    """Every process that bears our mark, with its command; on Linux only. Not Python's own helpers."""
+    mark = f"{MARK}={os.environ[MARK]}".encode()
+    helpers = {
+        os.getpid(),
+        forkserver._forkserver._forkserver_pid,  # type: ignore[attr-defined]
+        resource_tracker._resource_tracker._pid,  # type: ignore[attr-defined]
+    }
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        pid = int(process.name)
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours to read
+            if pid not in helpers and mark in (process / "environ").read_bytes().split(b"\0"):
+                found[pid] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
