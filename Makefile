@@ -9,10 +9,10 @@ CONSTRAINTS ?= tools/cpu-constraints.txt
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check test-gpu clean
+.PHONY: help env env-mpich env-openmpi demo test test-mpi test-mpich test-openmpi check test-gpu clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(VENV)/.made ## make the environment, $(VENV), without CUDA packages
 
@@ -20,22 +20,35 @@ demo: env ## train a small CNN on handwritten digits with two processes
 	$(VENV)/bin/python examples/digits.py --nproc_per_node 2 --min_accuracy 0.97 $(ARGS)
 
 test: env ## run every test that needs pip alone
-	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not gpu and not slurm and not mpi" $(ARGS)
 
 check: env ## lint, format, types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+env-mpich env-openmpi: env-%: $(VENV)-%/.made ## make an environment with this MPI
+
+test-mpi: test-mpich test-openmpi ## run the tests that need a real mpiexec, with MPICH and with Open MPI
+
+test-mpich test-openmpi: test-%: env-%
+	$(VENV)-$*/bin/python -m pytest -m mpi tests/mpi tests/examples/test_readme_commands.py $(ARGS)
+
 test-gpu: ## run the tests that need a CUDA device, with the python3 and torch that are there
 	PYTHONPATH=$(CURDIR)/src python3 -m pytest -m gpu $(ARGS)
 
 clean: ## remove the environment and what the tools left
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache digits.png
+	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache digits.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" --editable ".[dev]" \
 		|| { echo "$(VENV) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
+	touch $@
+
+$(VENV)-%/.made: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" --editable ".[mpi,test]" $* \
+		|| { echo "$(@D) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
 	touch $@
