@@ -102,7 +102,7 @@ def all_reduce(
     if not isinstance(value, Tensor):
         _tensors_only(async_op, value)
         return _all_reduce_number(context, members, value, op)
-    result = value.detach().clone(memory_format=torch.contiguous_format)
+    result = value.detach().clone(memory_format=torch.contiguous_format) if members.index >= 0 else value
     return _answer(_start_all_reduce(context, members, result, op, verify), async_op)
 
 
@@ -235,11 +235,13 @@ def broadcast(
     """
     context, members = _enter(group)
     _check_root(src, members, "src")
-    if members.index < 0:
-        return value
     if isinstance(value, Tensor) and not safe_mode:
+        if members.index < 0:
+            return _answer(Handle(DONE, lambda: value), async_op)
         return _answer(_start_broadcast(context, members, value, src, verify), async_op)
     _tensors_only(async_op, value)
+    if members.index < 0:
+        return value
     return _broadcast_value(context, members, value, src, safe_mode)
 
 
@@ -304,15 +306,16 @@ def reduce_scatter(
     Cost: one reduce_scatter, or one all_reduce where the backend has none for this type.
     """
     context, members = _enter(group)
-    rows = _rows(tensor, members, "reduce_scatter")
-    reductions.check(op, tensor.dtype)
+    with _checking(context, members, Call.REDUCE_SCATTER, verify):
+        rows = _rows(tensor, members, "reduce_scatter")
+        _check_op(op, tensor.dtype)
     if members.index < 0:
         return _answer(Handle(DONE, lambda: tensor), async_op)
+    _verify(context, members, Call.REDUCE_SCATTER, tensor, verify, op=op)
     wire_op = "SUM" if op == "AVERAGE" else op
     if not context.backend.reduces(wire_op, tensor.dtype):
-        whole = _start_all_reduce(context, members, tensor.detach().clone(), op, verify)
+        whole = _start_all_reduce(context, members, tensor.detach().clone(), op, verify=False)
         return _answer(Handle(DONE, lambda: whole.wait().narrow(0, members.index * rows, rows).clone()), async_op)
-    _verify(context, members, Call.REDUCE_SCATTER, tensor, verify, op=op)
     staged = _staged(context, tensor)
     out = staged.new_empty(rows, *tensor.shape[1:])
     work = context.backend.reduce_scatter_into(out.view(-1), staged.view(-1), wire_op, members)
@@ -335,7 +338,8 @@ def all_to_all(tensor: Tensor, group: Any = None, *, async_op: bool = False, ver
     Cost: one all_to_all.
     """
     context, members = _enter(group)
-    _rows(tensor, members, "all_to_all")
+    with _checking(context, members, Call.ALL_TO_ALL, verify):
+        _rows(tensor, members, "all_to_all")
     if members.index < 0:
         return _answer(Handle(DONE, lambda: tensor), async_op)
     _verify(context, members, Call.ALL_TO_ALL, tensor, verify)
@@ -357,7 +361,7 @@ def outcome(context: Context, group: Group, src: int, failure: str | None) -> st
 
     Cost: one all_gather of 256 bytes; a longer message is cut.
     """
-    payload = (failure or "").encode()[: wire.INLINE]
+    payload = wire.words(failure or "")
     message = Message(Call.OUTCOME, Kind.STR, payload if context.rank == src else b"", root=src)
     said = wire.exchange(context, group, message)[group.ranks.index(src)].payload
     return said.decode(errors="ignore") or None
@@ -376,15 +380,20 @@ def _answer(handle: Handle, async_op: bool) -> Any:
 
 
 def _staged(context: Context, tensor: Tensor) -> Tensor:
-    """What a primitive takes: detached, contiguous, on the backend's device; not a copy if it is so already."""
-    return tensor.detach().to(context.backend.device_for(tensor)).contiguous()
+    """What a primitive takes: detached, contiguous, on the backend's device; not a copy if it is so already.
+
+    A conjugated or negated view is made real: only torch knows that its memory says something else.
+    """
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.to(context.backend.device_for(tensor)).contiguous()
 
 
 def _start_all_reduce(
     context: Context, group: Group, result: Tensor, op: str, verify: bool | None, returns: Tensor | None = None
 ) -> Handle:
     """Reduce ``result`` in place; the handle gives ``returns``, which shares its memory, or ``result``."""
-    reductions.check(op, result.dtype) if result.dtype is not torch.bool else _check_bool(op)
+    with _checking(context, group, Call.ALL_REDUCE, verify):
+        _check_op(op, result.dtype)
     answer = result if returns is None else returns
     if group.index < 0:
         return Handle(DONE, lambda: answer)
@@ -419,9 +428,9 @@ def _reduce_staged(context: Context, group: Group, staged: Tensor, op: str) -> t
     return work, lambda: staged.copy_(reductions.of_tensors(rows.view(group.size, *staged.shape), op))
 
 
-def _check_bool(op: str) -> None:
-    if op not in reductions.BOOLEAN:
-        reductions.check(op, torch.bool)
+def _check_op(op: str, dtype: torch.dtype) -> None:
+    if dtype is not torch.bool or op not in reductions.BOOLEAN:
+        reductions.check(op, dtype)
 
 
 def _start_all_gather(context: Context, group: Group, tensor: Tensor, verify: bool | None) -> Handle:
@@ -438,8 +447,9 @@ def _start_all_gather(context: Context, group: Group, tensor: Tensor, verify: bo
 def _all_gather_uneven(context: Context, group: Group, tensor: Tensor) -> Tensor:
     if group.index < 0:
         return tensor
-    if tensor.ndim == 0:
-        raise ConfigError("uneven=True gathers along the first dimension, got a tensor without one")
+    with _telling(context, group, Call.UNEVEN):
+        if tensor.ndim == 0:
+            raise ConfigError("uneven=True gathers along the first dimension, got a tensor without one")
     rest = _described(tensor.dtype, ("*", *tensor.shape[1:]))
     parts = _exchange_tensor(context, group, Message(Call.UNEVEN, Kind.TENSOR, rest), extra=tensor.shape[0])
     shapes = [(first, *tensor.shape[1:]) for first in parts]
@@ -467,6 +477,8 @@ def _gather_tensor(context: Context, group: Group, tensor: Tensor, dst: int, ver
 def _rows(tensor: Tensor, group: Group, name: str) -> int:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} takes a tensor, got {type(tensor).__name__}")
+    if group.index < 0:
+        return 0
     if tensor.ndim == 0 or tensor.shape[0] % group.size:
         raise ConfigError(
             f"{name} splits the first dimension over {group.size} ranks: it must be a multiple of that, "
@@ -476,6 +488,20 @@ def _rows(tensor: Tensor, group: Group, name: str) -> int:
 
 
 # Agreement
+
+
+def _verifies(context: Context, verify: bool | None) -> bool:
+    return context.verify if verify is None else verify
+
+
+@contextmanager
+def _checking(context: Context, group: Group, call: Call, verify: bool | None) -> Iterator[None]:
+    """Arguments are checked inside: with ``verify``, ranks whose own are right hear what is wrong here."""
+    if group.index >= 0 and _verifies(context, verify):
+        with _telling(context, group, call):
+            yield
+    else:
+        yield
 
 
 def _described(dtype: torch.dtype, shape: Sequence[object]) -> bytes:
@@ -491,7 +517,7 @@ def _empty_as_described(description: bytes, device: torch.device) -> Tensor:
 def _verify(
     context: Context, group: Group, call: Call, tensor: Tensor, verify: bool | None, *, op: str = "", root: int = -1
 ) -> None:
-    if context.verify if verify is None else verify:
+    if _verifies(context, verify):
         message = Message(call, Kind.TENSOR, _described(tensor.dtype, tensor.shape), op, root)
         _exchange_tensor(context, group, message)
 
@@ -536,18 +562,16 @@ def _telling(context: Context, group: Group, call: Call, op: str = "", root: int
     try:
         yield
     except Exception as error:
-        said = f"{type(error).__name__}: {error}".encode()[: wire.INLINE]
+        said = wire.words(f"{type(error).__name__}: {error}")
         with suppress(PeerFailed):  # that is what the others raise; this rank has the error itself
             wire.exchange(context, group, Message(call, Kind.ERROR, said, op, root))
         raise
 
 
 def _all_reduce_number(context: Context, group: Group, value: Any, op: str) -> Any:
-    if op not in reductions.OPS:
-        reductions.check(op, torch.float64)
     if group.index < 0:
         return value
-    with _telling(context, group, Call.ALL_REDUCE, op):
+    with _telling(context, group, Call.ALL_REDUCE):
         number = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
         if wire.kind_of(number) not in wire.NUMBERS:
             raise TypeError(f"all_reduce takes a tensor or a number, got {type(value).__name__}")
@@ -558,16 +582,19 @@ def _all_reduce_number(context: Context, group: Group, value: Any, op: str) -> A
 
 def _broadcast_value(context: Context, group: Group, value: Any, src: int, safe_mode: bool) -> Any:
     """The source's frame says what comes; what does not fit in it, or a tensor, comes after it."""
+    call = Call.SAFE_BROADCAST if safe_mode else Call.BROADCAST
     if context.rank == src:
-        with _telling(context, group, Call.BROADCAST, root=src):
-            message = _announcement(value, src)
+        with _telling(context, group, call, root=src):
+            message = _announcement(call, value, src)
     else:
         kind = Kind.ABSENT if safe_mode or value is None else wire.kind_of(value)
-        message = Message(Call.BROADCAST, kind, root=src)
+        message = Message(call, kind, root=src)
     messages, lengths = wire.exchange_heads(context, group, message)
     place = group.ranks.index(src)
     head, length = messages[place], lengths[place]
     if head.kind is Kind.TENSOR:
+        if not safe_mode:  # the source verifies a plain broadcast, and has seen now that nothing was announced
+            raise CollectiveMismatch(wire.explain(messages, group))
         return _broadcast_announced(context, group, value, head.payload, src)
     payload = head.payload
     if length > wire.INLINE:
@@ -576,11 +603,11 @@ def _broadcast_value(context: Context, group: Group, value: Any, src: int, safe_
     return value if context.rank == src else wire.decode(payload, head.kind)
 
 
-def _announcement(value: Any, src: int) -> Message:
+def _announcement(call: Call, value: Any, src: int) -> Message:
     if isinstance(value, Tensor):
-        return Message(Call.BROADCAST, Kind.TENSOR, _described(value.dtype, value.shape), root=src)
+        return Message(call, Kind.TENSOR, _described(value.dtype, value.shape), root=src)
     kind = wire.kind_of(value)
-    return Message(Call.BROADCAST, kind, wire.encode(value, kind), root=src)
+    return Message(call, kind, wire.encode(value, kind), root=src)
 
 
 def _broadcast_announced(context: Context, group: Group, value: Any, description: bytes, src: int) -> Tensor:

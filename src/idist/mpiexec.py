@@ -26,7 +26,7 @@ def locate(topology: Topology) -> Topology:
     Cost: nothing on one node; else MPI's start and one broadcast.
     """
     if topology.nnodes == 1:
-        token = topology.job_token or f"mpi-{_launcher()}"
+        token = topology.job_token or f"mpiexec-{_launcher()}"
         return dataclasses.replace(topology, master_addr="127.0.0.1", job_token=token)
     host, token = _told_by_rank_0(topology)
     return dataclasses.replace(topology, master_addr=host, job_token=token)
@@ -59,5 +59,5 @@ def _told_by_rank_0(topology: Topology) -> tuple[str, str]:
             f"mpiexec started {topology.world_size} processes, but mpi4py sees {world.Get_size()}: it is built for "
             f"another MPI than that of this mpiexec. {_ADVICE}, or use the mpiexec of mpi4py's MPI."
         )
-    told: tuple[str, str] = world.bcast((socket.getfqdn(), f"mpi-{secrets.token_hex(8)}"), root=0)
+    told: tuple[str, str] = world.bcast((socket.getfqdn(), f"mpiexec-{secrets.token_hex(8)}"), root=0)
     return told

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
-from operator import and_, or_
+from operator import add, and_, or_
 
 import torch
 from torch import Tensor
@@ -63,11 +63,11 @@ def of_numbers(values: Sequence[bool] | Sequence[int] | Sequence[float], op: str
     kind = type(values[0])
     check(op, torch.float64 if kind is float or (kind is int and op == "AVERAGE") else torch.int64)
     if op == "AVERAGE":
-        return sum(values) / len(values)
+        return reduce(add, values) / len(values)
     if kind is bool:
         return bool(max(values) if BOOLEAN[op] == "MAX" else min(values))
     if op == "SUM":
-        return sum(values)
+        return reduce(add, values)  # sum() begins with 0, which would lose the sign of -0.0
     if op == "PRODUCT":
         return math.prod(values)
     if op in ("MIN", "MAX"):

@@ -18,11 +18,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 import torch.distributed as dist
 
 from idist import mpiexec
+from idist.environments.mpi import Mpi
 from idist.errors import ConfigError, LaunchError
 from idist.topology import Topology
 
@@ -34,6 +36,7 @@ _POLL_S = 0.01
 _PROBE_S = 2.0
 _HANDSHAKE_S = 5.0
 _LINGER_S = 2.0
+_ASTRAY_S = 5.0
 _CARD = "idist/job"
 # This process, and no other that has or had its id; a forked one may share it, but not the rank. How often it has met.
 _BORN = secrets.token_hex(8)
@@ -41,7 +44,22 @@ _TIMES = itertools.count()
 # Below the ports that Linux, macOS and IANA hand out to clients (32768 and up), above the registered busy ones.
 _CANDIDATE_PORTS = range(20000, 30000)
 _CANDIDATES = 16
-_LOCATE = {"mpi": mpiexec.locate}
+_LOCATE = {Mpi.name: mpiexec.locate}
+
+
+class Met(NamedTuple):
+    """What a meeting gave this rank.
+
+    Attributes:
+        store: for this meeting alone.
+        topology: with its node fields filled in.
+        server: of the store, if this rank serves it; to be held as long as the store is used. A process group
+            may be held by a model that its user keeps, and it holds the store, so that must not hold the port.
+    """
+
+    store: dist.Store
+    topology: Topology
+    server: dist.TCPStore | None
 
 
 def join(
@@ -51,7 +69,7 @@ def join(
     init_method: str | None = None,
     timeout: timedelta | None = None,
     prepare: Callable[[Topology], None] | None = None,
-) -> tuple[dist.Store, Topology]:
+) -> Met:
     """Meet all ranks of the job.
 
     Args:
@@ -63,9 +81,6 @@ def join(
 
     The ranks of one job may meet as often as they like at one address, one after the other.
 
-    Returns:
-        A store for this meeting alone, and the topology with its node fields filled in.
-
     Raises:
         LaunchError: the store cannot be reached or is another job's, ranks are missing or come
             twice or want another purpose, or ``prepare`` raised on another rank.
@@ -74,21 +89,35 @@ def join(
     environment does not tell the nodes.
     """
     deadline = time.monotonic() + (timeout or DEFAULT_TIMEOUT).total_seconds()
-    lasting = topology.store_served or (init_method or "").startswith("file:")
-    store = _open(topology, init_method, deadline)
+    scheme = urlsplit(init_method or "env://").scheme
+    lasting = scheme == "file" or (scheme == "env" and topology.store_served)
+    store, server = _open(topology, init_method, deadline)
     after = 0
-    while True:
-        attempt = _next_attempt(store, topology, after, deadline)
-        meeting = _Meeting(store, attempt, topology, deadline)
-        try:
-            meeting.claim(lasting)
-            return meeting.store, meeting.hold(purpose, prepare)
-        except _Past:
-            after = attempt
-        if not lasting:  # the store of a context that this rank has left, and rank 0 not yet
-            del meeting, store
-            time.sleep(_RETRY_S)
-            store, after = _open(topology, init_method, deadline), 0
+    try:
+        while True:
+            try:
+                attempt = _next_attempt(store, topology, after, deadline)
+                meeting = _Meeting(store, attempt, topology, deadline)
+                meeting.claim(lasting)
+                return Met(meeting.store, meeting.hold(purpose, prepare), server)
+            except _Past:
+                after = attempt
+            except dist.DistNetworkError as error:
+                if lasting or topology.rank == 0:
+                    raise LaunchError(
+                        f"rank {topology.rank} lost the store of its job: {_first_line(error)}"
+                    ) from error
+            if not lasting:  # the store of a context that this rank has left, and rank 0 not yet
+                if time.monotonic() > deadline:
+                    raise LaunchError(
+                        f"rank {topology.rank} of {topology.world_size}: rank 0 still serves the context before, which "
+                        "this rank has left. All ranks have to end one before the next can begin."
+                    )
+                time.sleep(_RETRY_S)
+                (store, server), after = _open(topology, init_method, deadline), 0
+    except BaseException:
+        del server  # or whoever keeps the error, as notebooks do, keeps this frame, and so the port
+        raise
 
 
 def serve(host: str, port: int, job_token: str | None, world_size: int) -> dist.TCPStore:
@@ -108,7 +137,7 @@ def serve(host: str, port: int, job_token: str | None, world_size: int) -> dist.
     )
     port = listener.getsockname()[1]
     store = dist.TCPStore(
-        host,
+        host if loopback or _leads_to(listener, host) else "127.0.0.1",
         port,
         world_size,
         is_master=True,
@@ -120,26 +149,53 @@ def serve(host: str, port: int, job_token: str | None, world_size: int) -> dist.
     return store
 
 
+def _leads_to(listener: socket.socket, host: str) -> bool:
+    """Whether ``host`` is a name of this host, as seen from here.
+
+    By one that leads nowhere torch would try for minutes, whatever the timeout; by one that leads to another job's
+    store it would write there. Of a wrong MASTER_ADDR the ranks that need it tell, in time.
+    """
+    try:
+        with socket.create_connection((host, listener.getsockname()[1]), timeout=_PROBE_S) as caller:
+            listener.settimeout(_PROBE_S)
+            while True:
+                called, (_, port, *_) = listener.accept()
+                called.close()
+                if port == caller.getsockname()[1]:
+                    return True
+    except OSError:
+        return False
+    finally:
+        listener.settimeout(None)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Address:
-    """Where the store is: one host and port, or several that rank 0 may have taken."""
+    """Where the store is: one host and port, or several that rank 0 may have taken.
+
+    Attributes:
+        hosts: those that are likely first.
+        likely: how many are; the others are tried where rank 0 does not come to them.
+    """
 
     hosts: Sequence[str]
     ports: Sequence[int]
     served: bool
+    likely: int = 1
 
     def __str__(self) -> str:
         return f"{' or '.join(self.hosts)}, port {', '.join(map(str, self.ports))}"
 
 
-def _open(topology: Topology, init_method: str | None, deadline: float) -> dist.Store:
+def _open(topology: Topology, init_method: str | None, deadline: float) -> tuple[dist.Store, dist.TCPStore | None]:
+    """The store, and its server if this rank serves it."""
     if topology.world_size == 1 and init_method is None:
-        return dist.HashStore()
+        return dist.HashStore(), None
     url = urlsplit(init_method or "env://")
     if url.scheme == "file":
         if not url.path:
             raise ConfigError(f"init_method {init_method!r} has no path; expected file:///path/that/all/ranks/share")
-        return dist.PrefixStore("idist", dist.FileStore(url.path, topology.world_size))
+        return dist.PrefixStore("idist", dist.FileStore(url.path, topology.world_size)), None
     if url.scheme == "tcp":
         host, port = _host_and_port(url)
         address = _Address([host], [port], served=False)
@@ -149,11 +205,11 @@ def _open(topology: Topology, init_method: str | None, deadline: float) -> dist.
         address = _address(topology)
     else:
         raise ConfigError(f"init_method {init_method!r} is unknown; expected tcp://host:port, file:///path or env://")
-    if topology.rank == 0 and not address.served:
-        store = _serve_first(address, topology)
-    else:
-        store = _connect(address, _card(topology.job_token, topology.world_size), topology, deadline)
-    return dist.PrefixStore(f"idist/{topology.job_token}", store)
+    server = _serve_first(address, topology) if topology.rank == 0 and not address.served else None
+    if server is not None:
+        address = dataclasses.replace(address, hosts=[server.host], ports=[server.port])
+    store = _connect(address, _card(topology.job_token, topology.world_size), topology, deadline)
+    return dist.PrefixStore(f"idist/{topology.job_token}", store), server
 
 
 def _host_and_port(url: SplitResult) -> tuple[str, int]:
@@ -164,20 +220,21 @@ def _host_and_port(url: SplitResult) -> tuple[str, int]:
 
 
 def _address(topology: Topology) -> _Address:
-    hosts = topology.hosts if topology.master_addr is None else (topology.master_addr,)
+    told = () if topology.master_addr is None else (topology.master_addr,)
+    hosts = tuple(dict.fromkeys((*told, *topology.hosts)))
     if not hosts:
         raise LaunchError(
             f"{topology.environment}: rank {topology.rank} of {topology.world_size} does not know where to meet. "
             "Set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there, or pass init_method."
         )
     if topology.master_port is not None:
-        return _Address(hosts, [topology.master_port], topology.store_served)
+        return _Address(hosts, [topology.master_port], topology.store_served, len(told) or len(hosts))
     if topology.job_token is None:
         raise LaunchError(
             f"{topology.environment}: MASTER_ADDR={hosts[0]} is known but MASTER_PORT is not. "
             "Set MASTER_PORT to a free port of that host, the same on all ranks."
         )
-    return _Address(hosts, candidate_ports(topology.job_token), served=False)
+    return _Address(hosts, candidate_ports(topology.job_token), served=False, likely=len(told) or len(hosts))
 
 
 def candidate_ports(job_token: str) -> list[int]:
@@ -190,7 +247,7 @@ def candidate_ports(job_token: str) -> list[int]:
     return [_CANDIDATE_PORTS[(start + i * step) % len(_CANDIDATE_PORTS)] for i in range(_CANDIDATES)]
 
 
-def _serve_first(address: _Address, topology: Topology) -> dist.Store:
+def _serve_first(address: _Address, topology: Topology) -> dist.TCPStore:
     # Of several hosts one is this one, and no other rank 0 serves this job: its own name will do.
     host = address.hosts[0] if len(address.hosts) == 1 else socket.gethostname()
     for port in address.ports:
@@ -206,23 +263,31 @@ def _serve_first(address: _Address, topology: Topology) -> dist.Store:
 
 def _connect(address: _Address, card: str, topology: Topology, deadline: float) -> dist.Store:
     """Try the places in turn until one proves to be our job's."""
-    places = [(host, port) for host in address.hosts for port in address.ports]
     problem = "nothing listens there"
+    astray = time.monotonic() + _ASTRAY_S
+    # One at a time, lest a thousand ranks knock at a thousand hosts because rank 0 is late.
+    others = itertools.cycle(address.hosts[address.likely :])
     while time.monotonic() < deadline:
-        for host, port in places:
+        another = next(others, None) if time.monotonic() > astray else None
+        hosts = [*address.hosts[: address.likely], *([another] if another else [])]
+        for host, port in itertools.product(hosts, address.ports):
             try:
                 return _knock(host, port, card, topology, deadline)
             except _Stranger as stranger:
                 problem = str(stranger)
-                if len(places) == 1:
+                if len(address.hosts) == len(address.ports) == 1:
                     raise LaunchError(f"rank {topology.rank}: {host}:{port} is not ours: {problem}") from None
             except (OSError, RuntimeError) as error:
-                problem = (str(error) or type(error).__name__).splitlines()[0]
+                problem = _first_line(error)
         time.sleep(_RETRY_S)
     raise LaunchError(
         f"rank {topology.rank} of {topology.world_size} on {socket.gethostname()} could not reach the store of its job "
         f"at {address}: {problem}. Is rank 0 running, and can this host reach it?"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class _Stranger(Exception):
@@ -303,7 +368,7 @@ class _Meeting:
         if owner == said:
             return
         who = json.loads(owner)
-        if lasting or who["born"] == _BORN:
+        if lasting or (who["born"], who["pid"]) == (_BORN, os.getpid()):
             raise _Past
         with self._telling_others():
             raise LaunchError(
@@ -327,10 +392,9 @@ class _Meeting:
                     prepare(self._topology)
             self._gather_at("ready")
         except dist.DistError as error:
-            problem = str(error).splitlines()[0]
             raise LaunchError(
                 f"rank {self._topology.rank} lost the store of its job while the ranks met; rank 0 serves it, "
-                f"so look for its error first ({problem})"
+                f"so look for its error first ({_first_line(error)})"
             ) from error
         return self._topology
 
@@ -354,13 +418,15 @@ class _Meeting:
             raise LaunchError(verdict)
 
     def _wait_for(self, key: str, stage: str) -> None:
+        pause = _POLL_S
         while not self.store.check([key]):
             if int(self._all_attempts.add("attempt", 0)) > self._attempt:
                 raise _Past
             if time.monotonic() > self._deadline:
                 self._say(stage, self._missing())
-            with contextlib.suppress(dist.DistStoreError):  # not there yet
-                self.store.wait([key], timedelta(seconds=min(1.0, max(self._deadline - time.monotonic(), 0.1))))
+                continue
+            time.sleep(pause)  # not store.wait, which writes two lines to stderr each time that it waits in vain
+            pause = min(2 * pause, _RETRY_S)
 
     @contextlib.contextmanager
     def _telling_others(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ Nothing here communicates except :func:`initialize`, :func:`sync` and :func:`pla
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import logging
@@ -53,6 +54,7 @@ class Context:
         self.rank = topology.rank
         self.world_size = topology.world_size
         self.owned = owned
+        self.process = os.getpid()
         self.verify = verify
         self.everyone = Group(tuple(range(topology.world_size)), topology.rank)
         self.groups: dict[tuple[int, ...], Group] = {}
@@ -150,7 +152,7 @@ def initialize(
 
     Cost: no collective; a few round trips to the store.
     """
-    topology, span = _topology_from(rank, world_size, os.environ), _duration(timeout)
+    topology, span = _topology_from(rank, world_size, os.environ), seconds(timeout)
     if backend is None:
         _refuse_to_be_quietly_alone(topology, options)
         return
@@ -184,7 +186,7 @@ def start(
         whose = "idist.finalize() ends it" if context.owned else "you made it: use it as it is, or destroy it first"
         raise ConfigError(f"a {context.backend.name} context with {context.world_size} ranks exists already; {whose}")
     try:
-        topology = backend.start(topology, timeout=timeout, device=_device(device), **options)
+        topology = backend.start(topology, timeout=timeout, device=as_device(device), **options)
     except BaseException:
         backend.stop()
         raise
@@ -208,6 +210,13 @@ def finalize() -> None:
             context.backend.stop()
         finally:
             _Slot.context.world = None
+
+
+# Libraries end their threads badly when the interpreter does it for them: torch aborts one exit in ten.
+@atexit.register
+def _at_exit() -> None:
+    if _slot.context.process == os.getpid():  # not in a forked process, whose parent goes on with it
+        finalize()
 
 
 def sync(temporary: bool = False) -> None:
@@ -345,7 +354,8 @@ def _refuse_to_be_quietly_alone(topology: Topology, options: Mapping[str, Any]) 
         raise UnknownArgument(f"backend=None takes no options, got {', '.join(sorted(options))}")
 
 
-def _duration(timeout: float | timedelta | None) -> timedelta | None:
+def seconds(timeout: float | timedelta | None) -> timedelta | None:
+    """A timeout as users give it; ConfigError if it is none."""
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float, timedelta)):
@@ -359,7 +369,8 @@ def _duration(timeout: float | timedelta | None) -> timedelta | None:
     return span
 
 
-def _device(device: str | torch.device | None) -> torch.device | None:
+def as_device(device: str | torch.device | None) -> torch.device | None:
+    """A device as users give it; ConfigError if it is none."""
     if device is None or isinstance(device, torch.device):
         return device
     try:

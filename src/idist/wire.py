@@ -55,6 +55,7 @@ class Call(IntEnum):
     ALL_TO_ALL = 6
     OUTCOME = 7
     UNEVEN = 8
+    SAFE_BROADCAST = 9
 
 
 NUMBERS = frozenset({Kind.BOOL, Kind.INT, Kind.FLOAT})
@@ -84,7 +85,7 @@ class Message:
         if self.kind is Kind.ABSENT:
             what = f"{self.call.name.lower()} without a value"
         elif self.kind is Kind.TENSOR:
-            what = f"{self.call.name.lower()} of a tensor {self.payload.decode()}"
+            what = f"{self.call.name.lower()} of a tensor {self.payload.decode().partition('|')[0]}"
         else:
             what = f"{self.call.name.lower()} of {self.kind.name.lower()}"
         return (
@@ -177,6 +178,11 @@ def exchange_heads(context: Context, group: Group, message: Message) -> tuple[li
     return messages, lengths
 
 
+def words(text: str) -> bytes:
+    """What was said, as much of it as fits in a frame, whatever characters it is made of."""
+    return text.encode(errors="backslashreplace")[:INLINE]
+
+
 def broadcast_bytes(context: Context, group: Group, mine: bytes, length: int, src: int) -> bytes:
     """Rank ``src``'s bytes, whose length all know already. Cost: one broadcast."""
     memory = bytearray(mine if context.rank == src else bytes(length))
@@ -223,7 +229,7 @@ def _check(messages: list[Message], group: Group) -> None:
     }
     if errors:
         said = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items())
-        raise PeerFailed(f"{messages[0].call.name.lower()} was given a value that cannot be sent. {said}")
+        raise PeerFailed(f"{messages[0].call.name.lower()} could not begin. {said}")
     if not agree(messages):
         raise CollectiveMismatch(explain(messages, group))
 

@@ -6,13 +6,13 @@ subclass of :class:`idist.backends.base.Backend`.
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
-import torch
 import torch.distributed as dist
 
-from idist.backends.base import Backend
+from idist.backends.base import Backend, accelerator
 from idist.backends.c10d import C10d
 from idist.backends.serial import Serial
 from idist.errors import BackendUnavailable, ConfigError, close_match
@@ -46,8 +46,22 @@ has_hvd_support = _has("horovod")
 @cache
 def classes() -> tuple[type[Backend], ...]:
     """All backend classes: ours, then those of installed packages. Of one name, the first counts."""
-    others: list[type[Backend]] = [entry.load() for entry in entry_points(group="idist.backends")]
-    return (*BUILTIN, *others)
+    return (*BUILTIN, *filter(None, map(_load, entry_points(group="idist.backends"))))
+
+
+def _load(entry: EntryPoint) -> type[Backend] | None:
+    """What another package offers; one that cannot be imported must not keep us from all the others."""
+    try:
+        cls = entry.load()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    else:
+        if isinstance(cls, type) and issubclass(cls, Backend):
+            return cls
+        problem = f"{cls!r} is not a subclass of idist.backends.Backend"
+    package = f" of {entry.dist.name}" if entry.dist else ""
+    warnings.warn(f"the backend {entry.name!r}{package} is left out: {problem}", RuntimeWarning, stacklevel=2)
+    return None
 
 
 def create(name: str) -> Backend:
@@ -64,7 +78,7 @@ def create(name: str) -> Backend:
     if not isinstance(name, str):
         raise ConfigError(f"backend must be a string or None, got {name!r}")
     if name == AUTO:
-        name = dist.get_default_backend_for_device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        name = dist.get_default_backend_for_device(accelerator() or "cpu")
     backend = _find(name)
     reason = backend.unavailable_reason()
     if reason is not None:

@@ -18,6 +18,12 @@ from idist.errors import UnknownArgument, did_you_mean
 from idist.topology import Topology
 
 
+def accelerator() -> torch.device | None:
+    """The kind of accelerator of this machine, asked in a way that makes no context: one may fork afterwards."""
+    device = torch.accelerator.current_accelerator()
+    return device if device is not None and torch.get_device_module(device).device_count() > 0 else None
+
+
 class Work(Protocol):
     """A primitive under way. ``torch.distributed.Work`` is one."""
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
 from idist import rendezvous
-from idist.backends.base import Backend, Group, Work
+from idist.backends.base import Backend, Group, Work, accelerator
 from idist.errors import ConfigError
 from idist.topology import Topology
 
@@ -63,7 +63,7 @@ class C10d(Backend):
         self.name = name
         self._by_device = _devices_of(name)
         self._device = torch.device("cpu")
-        self._store: dist.Store | None = None
+        self._server: dist.TCPStore | None = None
         self._one_node = False
         self._timeout: timedelta | None = None
 
@@ -121,7 +121,9 @@ class C10d(Backend):
         def bind(placed: Topology) -> None:
             self._device = self._bind(placed, device)
 
-        store, topology = rendezvous.join(topology, self.name, init_method=init_method, timeout=timeout, prepare=bind)
+        store, topology, self._server = rendezvous.join(
+            topology, self.name, init_method=init_method, timeout=timeout, prepare=bind
+        )
         dist.init_process_group(
             self.name,
             store=store,
@@ -131,13 +133,13 @@ class C10d(Backend):
             pg_options=pg_options,
         )
         self.rank, self.world_size = topology.rank, topology.world_size
-        self._store, self._timeout = store, timeout
+        self._timeout = timeout
         return topology
 
     def stop(self) -> None:
         if GroupMember.WORLD is not None:
             dist.destroy_process_group()
-        self._store = None
+        self._server = None
 
     def device(self) -> torch.device:
         return self._device
@@ -204,21 +206,27 @@ class C10d(Backend):
         devices = {parameter.device for parameter in model.parameters()}
         if self._device.type != "cpu" and len(devices) == 1:
             options.setdefault("device_ids", [self._device])
-        return DistributedDataParallel(model, **options)
+        wrapped = DistributedDataParallel(model, **options)
+        # A model that outlives the process group has the last reference to it. If that is the reducer's, in C++, the
+        # group joins its threads with the GIL held, and hangs if one of them wants it just then; the reference of
+        # Python lets go of the GIL. Attributes go in the order in which they came, so this one has to be the last.
+        # https://github.com/pytorch/pytorch/issues/56297
+        vars(wrapped)["process_group"] = vars(wrapped).pop("process_group")
+        return wrapped
 
     # Devices
 
     def _accelerator_in(self, types: list[str]) -> torch.device | None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator if accelerator is not None and accelerator.type in types else None
+        device = accelerator()
+        return device if device is not None and device.type in types else None
 
     def _trains_on(self) -> str:
         """CPU where one library serves it, else the accelerator of the machine; a composite prefers that."""
         composite = len(set(self._by_device.values())) > 1
         if "cpu" in self._by_device and not composite:
             return "cpu"
-        accelerator = self._accelerator_in(list(self._by_device))
-        return accelerator.type if accelerator else "cpu"
+        device = self._accelerator_in(list(self._by_device))
+        return device.type if device else "cpu"
 
     def _current_device(self) -> torch.device:
         """For a group that the user made: the device that the user has chosen."""
@@ -272,6 +280,9 @@ def _devices_of(name: str) -> dict[str, str]:
                 f"backend {name!r}: {part!r} is not a device type, a colon and a backend, "
                 f"each device once, as in 'cpu:gloo,cuda:nccl'; torch has {', '.join(known)}"
             )
+        serves = dist.Backend.backend_capability.get(library, [device])
+        if device not in serves:
+            raise ConfigError(f"backend {name!r}: {library} is for {' and '.join(serves)}, not for {device!r}")
         by_device[device] = library
     return by_device
 

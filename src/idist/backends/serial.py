@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from idist.backends.base import DONE, Backend, Group, Work
-from idist.errors import ConfigError
+from idist.backends.base import DONE, Backend, Group, Work, accelerator
+from idist.errors import ConfigError, UnknownArgument, did_you_mean
 from idist.topology import Topology
 
 
@@ -39,7 +41,7 @@ class Serial(Backend):
         return None
 
     def device(self) -> torch.device:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return accelerator() or torch.device("cpu")
 
     def device_for(self, tensor: Tensor) -> torch.device:
         return tensor.device
@@ -61,7 +63,14 @@ class Serial(Backend):
         return None
 
     def wrap_model(self, model: torch.nn.Module, *, sync_bn: bool, **options: Any) -> torch.nn.Module:
-        """DataParallel where one process sees several CUDA devices, as users of the older API expect."""
+        """DataParallel where one process sees several CUDA devices, as users of the older API expect.
+
+        Else nobody takes the options; what would be wrong with several ranks is wrong here too.
+        """
         if self.device().type == "cuda" and torch.cuda.device_count() > 1:
-            return torch.nn.DataParallel(model, **options)
+            return DataParallel(model, **options)
+        known = {**signature(DistributedDataParallel).parameters, **signature(DataParallel).parameters}
+        for name in options:
+            if name not in known:
+                raise UnknownArgument(f"auto_model does not know the argument {name!r}.{did_you_mean(name, known)}")
         return model

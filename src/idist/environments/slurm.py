@@ -53,6 +53,7 @@ class Slurm(Environment):
                 f"slurm: rank {rank} of {world_size} runs under `srun --pty` and a shell, where rank 0 is taken "
                 "for the interactive one. Start the program with srun, without --pty."
             )
+        chosen = told.optional_text("MASTER_ADDR")
         return Topology(
             self.name,
             rank=rank,
@@ -62,8 +63,8 @@ class Slurm(Environment):
             node_rank=step.node,
             nnodes=step.nnodes,
             # The user's, if set. Without a port the rendezvous derives some from the token.
-            master_addr=told.optional_text("MASTER_ADDR") or step.host_of_rank_0(),
-            hosts=tuple(step.names),
+            master_addr=chosen or step.host_of_rank_0(),
+            hosts=() if chosen else tuple(step.names),
             master_port=told.optional_integer("MASTER_PORT"),
             job_token=_job_token(told),
             evidence=told.evidence,
