@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 import idist
-from idist.runtime import current
 
 
 def hello(local_rank: int) -> None:
@@ -16,7 +15,7 @@ def hello(local_rank: int) -> None:
 
 
 def master() -> str:
-    topology = current().topology
+    topology = idist.get_topology()
     return f"http://{topology.master_addr}:{topology.master_port or '?'}" if topology.master_addr else "no master"
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 import idist
-from idist.runtime import current
 
 
 def reduction(local_rank: int) -> None:
@@ -18,7 +17,7 @@ def reduction(local_rank: int) -> None:
 
 
 def master() -> str:
-    topology = current().topology
+    topology = idist.get_topology()
     return f"http://{topology.master_addr}:{topology.master_port or '?'}" if topology.master_addr else "no master"
 
 

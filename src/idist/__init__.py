@@ -42,6 +42,7 @@ from idist.ranks import (
     get_node_rank,
     get_nproc_per_node,
     get_rank,
+    get_topology,
     get_world_size,
     hostname,
     model_name,
@@ -50,6 +51,7 @@ from idist.ranks import (
     show_config,
 )
 from idist.runtime import finalize, initialize, set_local_rank, sync
+from idist.topology import Topology
 
 __version__ = "0.1.0.dev0"
 
@@ -63,6 +65,7 @@ __all__ = [
     "LaunchError",
     "Parallel",
     "PeerFailed",
+    "Topology",
     "UnknownArgument",
     "WorkerFailed",
     "all_gather",
@@ -85,6 +88,7 @@ __all__ = [
     "get_node_rank",
     "get_nproc_per_node",
     "get_rank",
+    "get_topology",
     "get_world_size",
     "has_hvd_support",
     "has_native_dist_support",

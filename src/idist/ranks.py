@@ -15,6 +15,7 @@ from idist import backends, collectives, groups, runtime
 from idist.backends.base import Group
 from idist.errors import ConfigError, PeerFailed
 from idist.runtime import Context, current
+from idist.topology import Topology
 
 __all__ = [
     "available_backends",
@@ -25,6 +26,7 @@ __all__ = [
     "get_node_rank",
     "get_nproc_per_node",
     "get_rank",
+    "get_topology",
     "get_world_size",
     "hostname",
     "model_name",
@@ -71,6 +73,11 @@ def get_nnodes() -> int:
 def get_node_rank() -> int:
     """Index of this node in the job. Cost and errors: as :func:`get_local_rank`."""
     return runtime.placed().topology.node_rank
+
+
+def get_topology() -> Topology:
+    """All that is known of this process's place: its environment, the master's address, the evidence. Cost: none."""
+    return current().topology
 
 
 def backend() -> str | None:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import ipaddress
 import itertools
 import json
 import os
 import secrets
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 import torch.distributed as dist
@@ -32,10 +34,13 @@ DEFAULT_TIMEOUT = timedelta(minutes=5)
 """How long ranks wait for each other where the user gave no timeout: torch's default for stores."""
 
 _RETRY_S = 0.2
-_POLL_S = 0.01
+_POLL_S = 0.005
+_LONGEST_POLL_S = 0.05
 _PROBE_S = 2.0
 _HANDSHAKE_S = 5.0
 _LINGER_S = 2.0
+# "Are you a store?" (VALIDATE with its number) and "are you there?" (PING), in the protocol of torch's store.
+_HELLO = struct.pack("=BIBI", 0, 0x3C85F7CE, 13, 0)
 _ASTRAY_S = 5.0
 _CARD = "idist/job"
 # This process, and no other that has or had its id; a forked one may share it, but not the rank. How often it has met.
@@ -69,6 +74,7 @@ def join(
     init_method: str | None = None,
     timeout: timedelta | None = None,
     prepare: Callable[[Topology], None] | None = None,
+    connect: Callable[[dist.Store, Topology], None] | None = None,
 ) -> Met:
     """Meet all ranks of the job.
 
@@ -78,12 +84,14 @@ def join(
         init_method: ``tcp://host:port`` or ``file:///shared/path``; default: what ``topology`` says.
         timeout: how long to wait for the others.
         prepare: called with the complete topology; if it raises on one rank, all ranks hear of it.
+        connect: called when all are prepared, with the store; nobody returns before all have done it, so
+            rank 0, which may serve the store, cannot be gone when others still need it.
 
     The ranks of one job may meet as often as they like at one address, one after the other.
 
     Raises:
         LaunchError: the store cannot be reached or is another job's, ranks are missing or come
-            twice or want another purpose, or ``prepare`` raised on another rank.
+            twice or want another purpose, or ``prepare`` or ``connect`` raised on another rank.
 
     Cost: some ten round trips to the store per rank, and ``world_size`` small values where the
     environment does not tell the nodes.
@@ -91,7 +99,7 @@ def join(
     deadline = time.monotonic() + (timeout or DEFAULT_TIMEOUT).total_seconds()
     scheme = urlsplit(init_method or "env://").scheme
     lasting = scheme == "file" or (scheme == "env" and topology.store_served)
-    store, server = _open(topology, init_method, deadline)
+    store, server, where = _open(topology, init_method, deadline)
     after = 0
     try:
         while True:
@@ -99,7 +107,10 @@ def join(
                 attempt = _next_attempt(store, topology, after, deadline)
                 meeting = _Meeting(store, attempt, topology, deadline)
                 meeting.claim(lasting)
-                return Met(meeting.store, meeting.hold(purpose, prepare), server)
+                complete = meeting.hold(purpose, prepare, connect)
+                if server is not None:
+                    meeting.see_others_off()
+                return Met(meeting.store, dataclasses.replace(complete, **where), server)
             except _Past:
                 after = attempt
             except dist.DistNetworkError as error:
@@ -114,7 +125,7 @@ def join(
                         "this rank has left. All ranks have to end one before the next can begin."
                     )
                 time.sleep(_RETRY_S)
-                (store, server), after = _open(topology, init_method, deadline), 0
+                (store, server, where), after = _open(topology, init_method, deadline), 0
     except BaseException:
         del server  # or whoever keeps the error, as notebooks do, keeps this frame, and so the port
         raise
@@ -129,12 +140,11 @@ def serve(host: str, port: int, job_token: str | None, world_size: int) -> dist.
     Raises:
         OSError: the port is taken.
     """
-    loopback = host in ("127.0.0.1", "localhost", "::1")
-    family = socket.AF_INET6 if host == "::1" or (not loopback and socket.has_dualstack_ipv6()) else socket.AF_INET
+    loopback = _is_loopback(host)
+    wide = not loopback and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if wide or ":" in host else socket.AF_INET
     address = (host if loopback else "", port)
-    listener = socket.create_server(
-        address, family=family, backlog=1024, dualstack_ipv6=not loopback and family == socket.AF_INET6
-    )
+    listener = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=wide)
     port = listener.getsockname()[1]
     store = dist.TCPStore(
         host if loopback or _leads_to(listener, host) else "127.0.0.1",
@@ -169,6 +179,13 @@ def _leads_to(listener: socket.socket, host: str) -> bool:
         listener.settimeout(None)
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Address:
     """Where the store is: one host and port, or several that rank 0 may have taken.
@@ -187,15 +204,17 @@ class _Address:
         return f"{' or '.join(self.hosts)}, port {', '.join(map(str, self.ports))}"
 
 
-def _open(topology: Topology, init_method: str | None, deadline: float) -> tuple[dist.Store, dist.TCPStore | None]:
-    """The store, and its server if this rank serves it."""
+def _open(
+    topology: Topology, init_method: str | None, deadline: float
+) -> tuple[dist.Store, dist.TCPStore | None, dict[str, Any]]:
+    """The store, its server if this rank serves it, and what the topology has to say of its address."""
     if topology.world_size == 1 and init_method is None:
-        return dist.HashStore(), None
+        return dist.HashStore(), None, {}
     url = urlsplit(init_method or "env://")
     if url.scheme == "file":
         if not url.path:
             raise ConfigError(f"init_method {init_method!r} has no path; expected file:///path/that/all/ranks/share")
-        return dist.PrefixStore("idist", dist.FileStore(url.path, topology.world_size)), None
+        return dist.PrefixStore("idist", dist.FileStore(url.path, topology.world_size)), None, {}
     if url.scheme == "tcp":
         host, port = _host_and_port(url)
         address = _Address([host], [port], served=False)
@@ -206,10 +225,10 @@ def _open(topology: Topology, init_method: str | None, deadline: float) -> tuple
     else:
         raise ConfigError(f"init_method {init_method!r} is unknown; expected tcp://host:port, file:///path or env://")
     server = _serve_first(address, topology) if topology.rank == 0 and not address.served else None
-    if server is not None:
-        address = dataclasses.replace(address, hosts=[server.host], ports=[server.port])
-    store = _connect(address, _card(topology.job_token, topology.world_size), topology, deadline)
-    return dist.PrefixStore(f"idist/{topology.job_token}", store), server
+    reachable = address if server is None else dataclasses.replace(address, hosts=[server.host], ports=[server.port])
+    store = _connect(reachable, _card(topology.job_token, topology.world_size), topology, deadline)
+    where = {"master_addr": _public_name(address) if server else store.host, "master_port": store.port}
+    return dist.PrefixStore(f"idist/{topology.job_token}", store), server, where
 
 
 def _host_and_port(url: SplitResult) -> tuple[str, int]:
@@ -248,8 +267,7 @@ def candidate_ports(job_token: str) -> list[int]:
 
 
 def _serve_first(address: _Address, topology: Topology) -> dist.TCPStore:
-    # Of several hosts one is this one, and no other rank 0 serves this job: its own name will do.
-    host = address.hosts[0] if len(address.hosts) == 1 else socket.gethostname()
+    host = _public_name(address)
     for port in address.ports:
         try:
             return serve(host, port, topology.job_token, topology.world_size)
@@ -261,7 +279,12 @@ def _serve_first(address: _Address, topology: Topology) -> dist.TCPStore:
     ) from refused
 
 
-def _connect(address: _Address, card: str, topology: Topology, deadline: float) -> dist.Store:
+def _public_name(address: _Address) -> str:
+    """The name of this host, which serves the store. Of several one is this one: its own name will do."""
+    return address.hosts[0] if len(address.hosts) == 1 else socket.gethostname()
+
+
+def _connect(address: _Address, card: str, topology: Topology, deadline: float) -> dist.TCPStore:
     """Try the places in turn until one proves to be our job's."""
     problem = "nothing listens there"
     astray = time.monotonic() + _ASTRAY_S
@@ -294,10 +317,26 @@ class _Stranger(Exception):
     """A store that belongs to another job."""
 
 
-def _knock(host: str, port: int, card: str, topology: Topology, deadline: float) -> dist.Store:
+def _expect_a_store(host: str, port: int, left: float) -> None:
+    """Raise OSError at once where a client of torch would try again until its timeout, or wait for ever.
+
+    It does the latter for whoever accepts its connection and then says nothing.
+    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/torch/csrc/distributed/c10d/TCPStoreBackend.hpp
+    """
+    with socket.create_connection((host, port), timeout=min(_PROBE_S, left)) as caller:
+        caller.settimeout(min(_HANDSHAKE_S, left))
+        caller.sendall(_HELLO)
+        try:
+            answer = caller.recv(1)
+        except TimeoutError:
+            raise TimeoutError("whoever listens there says nothing") from None
+        if not answer:
+            raise ConnectionError("whoever listens there hangs up")
+
+
+def _knock(host: str, port: int, card: str, topology: Topology, deadline: float) -> dist.TCPStore:
     left = max(deadline - time.monotonic(), 0.1)
-    # A plain connection first: it fails at once where the store's own would retry until its timeout.
-    socket.create_connection((host, port), timeout=min(_PROBE_S, left)).close()
+    _expect_a_store(host, port, left)
     client = dist.TCPStore(
         host,
         port,
@@ -376,7 +415,12 @@ class _Meeting:
                 f"{os.getpid()} on {socket.gethostname()}. Do two jobs meet at one address?"
             )
 
-    def hold(self, purpose: str, prepare: Callable[[Topology], None] | None) -> Topology:
+    def hold(
+        self,
+        purpose: str,
+        prepare: Callable[[Topology], None] | None,
+        connect: Callable[[dist.Store, Topology], None] | None,
+    ) -> Topology:
         """Meet; return the topology with its node fields filled in.
 
         Raises:
@@ -391,12 +435,23 @@ class _Meeting:
                 with self._telling_others():
                     prepare(self._topology)
             self._gather_at("ready")
-        except dist.DistError as error:
+            if connect is not None:
+                with self._telling_others():
+                    connect(self.store, self._topology)
+            self._gather_at("connected")
+            self.store.add("gone", 1)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise LaunchError(
                 f"rank {self._topology.rank} lost the store of its job while the ranks met; rank 0 serves it, "
                 f"so look for its error first ({_first_line(error)})"
             ) from error
         return self._topology
+
+    def see_others_off(self) -> None:
+        """Rank 0, which serves the store, stays until the others have read the verdict."""
+        until = time.monotonic() + _LINGER_S
+        while self.store.add("gone", 0) < self._topology.world_size and time.monotonic() < until:
+            time.sleep(_POLL_S)
 
     def _agree_on(self, purpose: str) -> None:
         first = self.store.compare_set("purpose", "", purpose).decode()
@@ -426,7 +481,7 @@ class _Meeting:
                 self._say(stage, self._missing())
                 continue
             time.sleep(pause)  # not store.wait, which writes two lines to stderr each time that it waits in vain
-            pause = min(2 * pause, _RETRY_S)
+            pause = min(2 * pause, _LONGEST_POLL_S)
 
     @contextlib.contextmanager
     def _telling_others(self) -> Iterator[None]:
@@ -434,7 +489,7 @@ class _Meeting:
             yield
         except Exception as error:
             said = f"rank {self._topology.rank} on {socket.gethostname()} could not start: {error}"
-            for stage in ("claimed", "ready"):
+            for stage in ("claimed", "ready", "connected"):
                 self._say(stage, said)
             self._leave_together()
             raise

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -121,16 +124,18 @@ class C10d(Backend):
         def bind(placed: Topology) -> None:
             self._device = self._bind(placed, device)
 
-        store, topology, self._server = rendezvous.join(
-            topology, self.name, init_method=init_method, timeout=timeout, prepare=bind
-        )
-        dist.init_process_group(
-            self.name,
-            store=store,
-            rank=topology.rank,
-            world_size=topology.world_size,
-            timeout=timeout,
-            pg_options=pg_options,
+        def connect(store: dist.Store, placed: Topology) -> None:
+            dist.init_process_group(
+                self.name,
+                store=store,
+                rank=placed.rank,
+                world_size=placed.world_size,
+                timeout=timeout,
+                pg_options=pg_options,
+            )
+
+        _, topology, self._server = rendezvous.join(
+            topology, self.name, init_method=init_method, timeout=timeout, prepare=bind, connect=connect
         )
         self.rank, self.world_size = topology.rank, topology.world_size
         self._timeout = timeout
@@ -187,7 +192,8 @@ class C10d(Backend):
             return GroupMember.NON_GROUP_MEMBER
         options.setdefault("timeout", self._timeout)  # torch would take its default, not the world's
         # Members only: a rank that has no part in the group need not take part in making it.
-        return dist.new_group(list(ranks), use_local_synchronization=True, **options)
+        with _names_groups(_next_name(ranks, self.rank)):
+            return dist.new_group(list(ranks), use_local_synchronization=True, **options)
 
     def free_group(self, handle: Any) -> None:
         dist.destroy_process_group(handle)
@@ -235,7 +241,7 @@ class C10d(Backend):
 
     def _bind(self, topology: Topology, requested: torch.device | None) -> torch.device:
         device = torch.device(self._trains_on()) if requested is None else requested
-        if device.type == "cpu":
+        if device.type == "cpu" and "cpu" in self._by_device:
             return device
         if device.type not in self._by_device or self._accelerator_in([device.type]) is None:
             usable = ", ".join(
@@ -263,6 +269,32 @@ def _device_index(kind: str, topology: Topology) -> int:
             f"{count} {kind} devices visible. Start at most {count} processes per node, or pass a device."
         )
     return topology.local_rank
+
+
+def _next_name(ranks: tuple[int, ...], rank: int) -> str:
+    """A name that all members find without each other: how many groups of these ranks there were, is their own count.
+
+    It is kept in the store, which lives as long as the group of all ranks and keeps the keys of earlier groups.
+    """
+    kind = "_".join(map(str, ranks))
+    count = dist.distributed_c10d._get_default_store().add(f"idist/groups/{kind}/{rank}", 1)
+    return hashlib.sha1(f"idist {kind} {count}".encode(), usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def _names_groups(name: str) -> Iterator[None]:
+    """Have torch give the next group this name.
+
+    Its own depends on how many groups this rank is in. Members that are in more or fewer would wait for each
+    other under different names for ever: https://github.com/pytorch/pytorch/issues/173608
+    """
+    module = dist.distributed_c10d
+    theirs = module._hash_ranks_to_str
+    module._hash_ranks_to_str = lambda ranks: name
+    try:
+        yield
+    finally:
+        module._hash_ranks_to_str = theirs
 
 
 def _devices_of(name: str) -> dict[str, str]:

@@ -32,9 +32,9 @@ _TIMEOUT_S = 60.0
 _LABEL = 12
 
 
-def add_to(commands: Any) -> None:
+def add_to(subparsers: Any) -> None:
     """Add this command to the subparsers of argparse."""
-    parser = commands.add_parser(
+    parser = subparsers.add_parser(
         "check",
         help="show what is found here, and try it",
         description=_DESCRIPTION,
@@ -122,8 +122,11 @@ def _try(report: Report, backend: str | None, timeout: timedelta) -> None:
         return
     name = backend or backends.AUTO
     software = ", ".join(f"{key} {report.sections[0].data[key]}" for key in ("idist", "python", "torch"))
+    # Whether the master could be reached is no question any more once all have met there.
+    lasting = [section.problems for section in report.sections if section.title != "master"]
+    problems = tuple(problem for each in lasting for problem in each)
     try:
-        report.trial = trial.run(name, topology, timeout=timeout, software=software, problems=tuple(report.problems))
+        report.trial = trial.run(name, topology, timeout=timeout, software=software, problems=problems)
     except BackendUnavailable:
         return  # among the problems already
     except Exception as error:  # whatever a communication library raises is what the user came to see

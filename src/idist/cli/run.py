@@ -34,9 +34,9 @@ examples:
 """
 
 
-def add_to(commands: Any) -> None:
+def add_to(subparsers: Any) -> None:
     """Add this command to the subparsers of argparse."""
-    parser = commands.add_parser(
+    parser = subparsers.add_parser(
         "run",
         help="start a script in several processes",
         description=_DESCRIPTION,

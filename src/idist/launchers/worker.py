@@ -179,6 +179,9 @@ def _settle_in(assignment: Assignment) -> None:
     # A DataLoader in a worker starts its processes as it would in a process of any other launcher.
     multiprocessing.set_start_method(assignment.start_method, force=True)
     torch.set_num_threads(assignment.threads)
+    drawn = sys.modules.get("numpy.random")
+    if drawn is not None and not assignment.forked:  # a copy of the fork server's, so the same on all ranks
+        drawn.seed()
 
 
 def _work(
