@@ -190,6 +190,20 @@ def test_the_variables_of_the_launcher_tell_the_nodes(hosts: str) -> None:
         assert seen["environ"]
 
 
+def _in_a_fake_group(rank: int) -> dict[str, Any]:
+    # torch's backend for dry runs: it is imported to be registered, and nothing is ever sent.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
+    return {"within": everything(), "initialize": outcome(lambda: idist.initialize("fake"))}
+
+
+def test_a_fake_group_is_a_group_too() -> None:
+    (seen,) = run_ranks(_in_a_fake_group, 1)
+    assert (seen["within"]["backend"], seen["within"]["get_rank"], seen["within"]["get_world_size"]) == ("fake", 2, 4)
+    assert "ConfigError" in seen["initialize"]
+
+
 def _with_a_hint(rank: int, folder: Path) -> dict[str, Any]:
     idist.set_local_rank(rank + 4)
     seen = {"before": idist.get_local_rank()}

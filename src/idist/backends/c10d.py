@@ -301,7 +301,7 @@ def _devices_of(name: str) -> dict[str, str]:
     """Device type -> library: ``cpu:gloo,cuda:nccl`` says it itself, else what torch says of the library."""
     known = C10d.names()
     if ":" not in name and "," not in name:
-        if name not in known:
+        if name not in dist.Backend.backend_list:  # also what only the user may start, such as the fake one
             raise ConfigError(f"torch has no backend {name!r}; it has {', '.join(known)}")
         return dict.fromkeys(dist.Backend.backend_capability.get(name, ["cpu"]), name)
     by_device: dict[str, str] = {}

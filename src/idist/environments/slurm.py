@@ -54,6 +54,7 @@ class Slurm(Environment):
                 "for the interactive one. Start the program with srun, without --pty."
             )
         chosen = told.optional_text("MASTER_ADDR")
+        host, besides = (chosen, ()) if chosen else step.hosts_of_rank_0()
         return Topology(
             self.name,
             rank=rank,
@@ -63,8 +64,8 @@ class Slurm(Environment):
             node_rank=step.node,
             nnodes=step.nnodes,
             # The user's, if set. Without a port the rendezvous derives some from the token.
-            master_addr=chosen or step.host_of_rank_0(),
-            hosts=() if chosen else tuple(step.names),
+            master_addr=host,
+            hosts=besides,
             master_port=told.optional_integer("MASTER_PORT"),
             job_token=_job_token(told),
             evidence=told.evidence,
@@ -115,25 +116,25 @@ class _Step:
             return f"SLURM_GTIDS={','.join(here)} does not fit SLURM_PROCID={rank} and SLURM_LOCALID={self.local_rank}"
         return None
 
-    def host_of_rank_0(self) -> str | None:
-        """The node of rank 0; None where a task cannot know it.
+    def hosts_of_rank_0(self) -> tuple[str | None, tuple[str, ...]]:
+        """The node of rank 0, None where a task cannot know it; and those that it may be on if it is not sure.
 
-        That is an arbitrary distribution (SLURM_HOSTFILE, ``srun -m arbitrary``) over three nodes
-        or more, where each task knows only which ranks are on its own node, and a heterogeneous
-        step in a plain job, where nothing but the own node id tells that the order is unusual.
+        A task cannot know it for an arbitrary distribution (SLURM_HOSTFILE, ``srun -m arbitrary``)
+        over three nodes or more, where it is told only which ranks are on its own node. It is not
+        sure of three nodes or more in general: of a heterogeneous step in a plain job nothing but
+        the node ids tells that the order is unusual, and a task knows only its own.
         SLURM_LAUNCH_NODE_IPADDR is no help: srun runs there, not rank 0.
         """
         if self.nnodes == 1:
-            return self.names[0]
+            return self.names[0], ()
         if self.nnodes == 2 and self.name is not None and self.ranks_here != [""]:
             other = self.names[1 - self.names.index(self.name)]
-            return self.name if "0" in self.ranks_here else other
+            return self.name if "0" in self.ranks_here else other, ()
         distribution = self._told.optional_text("SLURM_DISTRIBUTION") or "block"
         by_node = self._names_by_node_id()
         astray = self.name is not None and by_node[self.node : self.node + 1] != [self.name]
-        if distribution.startswith("arbitrary") or astray:
-            return None
-        return by_node[0]
+        unknown = distribution.startswith("arbitrary") or astray
+        return None if unknown else by_node[0], tuple(self.names)
 
     def _names_by_node_id(self) -> list[str]:
         """The step's nodes in the order of their ids: part by part where the job is heterogeneous.
