@@ -180,8 +180,9 @@ def all_gather_tensors_with_shapes(tensor: Tensor, shapes: Sequence[Sequence[int
     Raises:
         TypeError: not a tensor.
         ConfigError: the number of shapes is not the number of ranks, or this rank's is another.
+        CollectiveMismatch: the ranks disagree on the shapes or the dtype, where the context verifies.
 
-    Cost: one all_gather of the largest tensor.
+    Cost: one all_gather of the largest tensor; where the context verifies, one of 256 bytes.
     """
     context, members = _enter(group)
     if not isinstance(tensor, Tensor):
@@ -195,11 +196,10 @@ def all_gather_tensors_with_shapes(tensor: Tensor, shapes: Sequence[Sequence[int
         raise ConfigError(
             f"shapes give {tuple(sizes[members.index])} for this rank, its tensor is {tuple(tensor.shape)}"
         )
-    longest = max(size.numel() for size in sizes)
-    padded = tensor.detach().new_zeros(longest)
-    padded[: tensor.numel()] = tensor.detach().reshape(-1)
-    rows = _start_all_gather(context, members, padded, verify=False).wait().view(members.size, longest)
-    return [row[: size.numel()].view(size) for row, size in zip(rows, sizes, strict=True)]
+    if context.verify:
+        told = _described(tensor.dtype, [" and ".join("x".join(map(str, size)) for size in sizes)])
+        _exchange_tensor(context, members, Message(Call.WITH_SHAPES, Kind.TENSOR, told))
+    return _all_gather_sizes(context, members, tensor, sizes)
 
 
 def broadcast(
@@ -350,10 +350,19 @@ def all_to_all(tensor: Tensor, group: Any = None, *, async_op: bool = False, ver
 
 
 def barrier(group: Any = None) -> None:
-    """Return when every rank has come here. Cost: one barrier."""
+    """Return when every rank has come here.
+
+    Raises:
+        CollectiveMismatch: another rank is in another collective, where the context verifies.
+
+    Cost: one barrier; where the context verifies, one all_gather of 256 bytes.
+    """
     context, members = _enter(group)
-    if members.index >= 0:
-        context.backend.barrier(members)
+    if members.index < 0:
+        return
+    if context.verify:
+        wire.exchange(context, members, Message(Call.BARRIER, Kind.ABSENT))
+    context.backend.barrier(members)
 
 
 def outcome(context: Context, group: Group, src: int, failure: str | None) -> str | None:
@@ -452,8 +461,16 @@ def _all_gather_uneven(context: Context, group: Group, tensor: Tensor) -> Tensor
             raise ConfigError("uneven=True gathers along the first dimension, got a tensor without one")
     rest = _described(tensor.dtype, ("*", *tensor.shape[1:]))
     parts = _exchange_tensor(context, group, Message(Call.UNEVEN, Kind.TENSOR, rest), extra=tensor.shape[0])
-    shapes = [(first, *tensor.shape[1:]) for first in parts]
-    return torch.cat(all_gather_tensors_with_shapes(tensor, shapes, group))
+    shapes = [torch.Size((first, *tensor.shape[1:])) for first in parts]
+    return torch.cat(_all_gather_sizes(context, group, tensor, shapes))
+
+
+def _all_gather_sizes(context: Context, group: Group, tensor: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
+    longest = max(size.numel() for size in sizes)
+    padded = tensor.detach().new_zeros(longest)
+    padded[: tensor.numel()] = tensor.detach().reshape(-1)
+    rows = _start_all_gather(context, group, padded, verify=False).wait().view(group.size, longest)
+    return [row[: size.numel()].view(size) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _start_broadcast(context: Context, group: Group, tensor: Tensor, src: int, verify: bool | None) -> Handle:

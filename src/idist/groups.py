@@ -36,7 +36,8 @@ def new_group(ranks: Sequence[int], **options: Any) -> Any:
         if context.rank in members:
             context.extra_groups.append(handle)
         return handle
-    return _cached(context, members).handle
+    group = _cached(context, members)
+    return context.backend.world() if group is context.everyone else group.handle
 
 
 def resolve(context: Context, group: Any) -> Group:

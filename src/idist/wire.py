@@ -56,6 +56,8 @@ class Call(IntEnum):
     OUTCOME = 7
     UNEVEN = 8
     SAFE_BROADCAST = 9
+    WITH_SHAPES = 10
+    BARRIER = 11
 
 
 NUMBERS = frozenset({Kind.BOOL, Kind.INT, Kind.FLOAT})

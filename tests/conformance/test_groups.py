@@ -284,3 +284,9 @@ def test_root_outside_of_the_group(value: Any) -> None:
         for call, name in ((idist.broadcast, "src"), (idist.scatter, "src"), (idist.gather, "dst")):
             with raises(idist.ConfigError, name, str(last()), str(group)):
                 call(value, last(), group=group)
+
+
+def test_the_world_is_a_group_of_its_own_library() -> None:
+    handle = idist.new_group(range(idist.get_world_size()))
+    assert handle is not None
+    assert idist.all_gather(idist.get_rank(), group=handle) == list(range(idist.get_world_size()))

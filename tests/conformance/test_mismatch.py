@@ -290,3 +290,19 @@ def test_first_dimension_that_does_not_divide_on_one_rank(call: str) -> None:
         idist.ConfigError,
         "first dimension",
     )
+
+
+def test_barrier_beside_a_number() -> None:
+    disagreement(lambda: idist.all_reduce(1), idist.barrier, "barrier", "all_reduce of int")
+
+
+def test_shapes_on_which_the_ranks_disagree() -> None:
+    size = idist.get_world_size()
+    mine = torch.zeros(2)
+
+    def gather(length: int) -> None:
+        """Every rank is right about its own shape; the odd one is wrong about the others."""
+        shapes = [(2,) if rank == idist.get_rank() else (length,) for rank in range(size)]
+        idist.all_gather_tensors_with_shapes(mine, shapes)
+
+    disagreement(lambda: gather(2), lambda: gather(3), "with_shapes")

@@ -162,6 +162,10 @@ class Backend(ABC):
         self._reject(options)
         return ranks
 
+    def world(self) -> Any:
+        """What the backend's library calls all ranks."""
+        return tuple(range(self.world_size))
+
     def free_group(self, handle: Any) -> None:
         """Free what :meth:`new_group` made; only members call it."""
 

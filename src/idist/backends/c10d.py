@@ -195,6 +195,9 @@ class C10d(Backend):
         with _names_groups(_next_name(ranks, self.rank)):
             return dist.new_group(list(ranks), use_local_synchronization=True, **options)
 
+    def world(self) -> Any:
+        return GroupMember.WORLD
+
     def free_group(self, handle: Any) -> None:
         dist.destroy_process_group(handle)
 
