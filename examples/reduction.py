@@ -18,7 +18,7 @@ def reduction(local_rank: int) -> None:
 
 def master() -> str:
     topology = idist.get_topology()
-    return f"http://{topology.master_addr}:{topology.master_port or '?'}" if topology.master_addr else "no master"
+    return f"http://{topology.master_addr}:{topology.master_port}" if topology.master_addr else "no master"
 
 
 def arguments() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A tensor goes as it is. A Python number, string, path or other object goes in a frame (see
 :mod:`idist.wire`) and comes back with its own type and value. What a rank that is not a member of
-``group`` passes comes back to it unchanged.
+``group`` passes comes back to it unchanged; only :func:`gather` gives it None, as to all but one rank.
 """
 
 from __future__ import annotations
