@@ -42,7 +42,7 @@ WITHOUT_TORCH = ("errors", "topology", "environments")
 BACKENDS = re.compile(r"\b(gloo|nccl|mpi|ucc|xccl|hccl|xla|horovod|hvd)\b", re.IGNORECASE)
 # Where backends are named: their own files, and the registry. An environment or launcher may bear a backend's name.
 NAMERS = {module for module in MODULES if module.startswith("idist.backends")} - {"idist.backends.base"}
-NAMESAKES = ("idist.environments", "idist.launchers", "idist.mpiexec")
+NAMESAKES = ("idist.environments", "idist.launchers")
 
 
 def part_of(module: str) -> str:

@@ -50,14 +50,13 @@ def _told_by_rank_0(topology: Topology) -> tuple[str, str]:
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
             f"mpiexec started rank {topology.rank} of {topology.world_size} on several nodes and left no address to "
-            f"meet at; mpi4py could exchange one, but: {error}. {_ADVICE}, or `pip install mpi4py` with the MPI of "
-            "this mpiexec."
+            f"meet at; mpi4py could exchange one, but: {error}. {_ADVICE}, or `pip install mpi4py` for this mpiexec."
         ) from error
     world = MPI.COMM_WORLD
     if world.Get_size() != topology.world_size:
         raise LaunchError(
-            f"mpiexec started {topology.world_size} processes, but mpi4py sees {world.Get_size()}: it is built for "
-            f"another MPI than that of this mpiexec. {_ADVICE}, or use the mpiexec of mpi4py's MPI."
+            f"mpiexec started {topology.world_size} processes, but mpi4py sees {world.Get_size()}: it is for "
+            f"another mpiexec. {_ADVICE}, or use the one that mpi4py is for."
         )
     told: tuple[str, str] = world.bcast((socket.getfqdn(), f"mpiexec-{secrets.token_hex(8)}"), root=0)
     return told
