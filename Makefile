@@ -9,7 +9,7 @@ CONSTRAINTS ?= tools/cpu-constraints.txt
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mpich env-openmpi demo test test-mpi test-mpich test-openmpi check test-gpu clean
+.PHONY: help env env-mpich env-openmpi demo test test-mpi test-mpich test-openmpi test-slurm check test-gpu clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test-mpi: test-mpich test-openmpi ## run the tests that need a real mpiexec, wit
 
 test-mpich test-openmpi: test-%: env-%
 	$(VENV)-$*/bin/python -m pytest -m mpi tests/mpi tests/examples/test_readme_commands.py $(ARGS)
+
+test-slurm: env ## run the tests that need Slurm, on a cluster of four nodes that is started for them; as root
+	tools/slurm-cluster.sh with $(VENV)/bin/python -m pytest -m slurm tests/slurm \
+		tests/examples/test_readme_commands.py $(ARGS)
 
 test-gpu: ## run the tests that need a CUDA device, with the python3 and torch that are there
 	PYTHONPATH=$(CURDIR)/src python3 -m pytest -m gpu $(ARGS)
