@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +66,51 @@ def test_the_first_call_belongs_in_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert "main thread" in str(errors[0])
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import idist
+
+def training(local_rank, folder, listens):
+    for step in range(600):
+        if listens and idist.should_stop():
+            Path(folder, f"saved by {local_rank}").touch()
+            return step
+        Path(folder, f"begun by {local_rank}").touch()
+        time.sleep(0.05)
+
+if __name__ == "__main__":
+    with idist.Parallel(backend="gloo", nproc_per_node=2) as parallel:
+        parallel.run(training, sys.argv[1], sys.argv[2] == "listens")
+    print("left in time")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("whom", ["the process that started the ranks", "all of them"])
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_process_that_started_the_ranks_passes_it_on(
+    tmp_path: Path, number: signal.Signals, whom: str, listens: bool
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(tmp_path), "listens" if listens else "does not"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while len(list(tmp_path.glob("begun by *"))) < 2:
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.05)
+            (os.kill if whom.startswith("the process") else os.killpg)(process.pid, number)
+            output, _ = process.communicate(timeout=30)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    saved = sorted(path.name for path in tmp_path.glob("saved by *"))
+    if listens:
+        assert (process.returncode, output, saved) == (0, "left in time\n", ["saved by 0", "saved by 1"])
+    else:
+        assert (process.returncode, output, saved) == (-number, "", [])

@@ -94,15 +94,12 @@ def describe_exit(exitcode: int) -> str:
 
 def close_match(name: str, known: Iterable[str]) -> str | None:
     """The known name that was most likely meant."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+    by_small_letters = {each.lower(): each for each in known}
+    closest = difflib.get_close_matches(name.lower(), list(by_small_letters), n=1)
+    return by_small_letters[closest[0]] if closest else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'gloo'?`` with its leading blank, or nothing where no known name is close."""
     closest = close_match(name, known)
     return f" Did you mean {closest!r}?" if closest else ""
-
-
-def listed(items: Iterable[object]) -> str:
-    """``'a', 'b', 'c'``: values as they appear in a message."""
-    return ", ".join(repr(item) for item in items)

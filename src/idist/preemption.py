@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Callable
+import time
 from types import FrameType
 from typing import Any
 
 from idist import collectives
 from idist.errors import ConfigError
-from idist.runtime import current
+from idist.runtime import at_end
 
 __all__ = ["should_stop"]
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
+_ONE_WARNING_S = 2.0
+
+
 class _Ear:
-    """Remembers that a signal came. The second one of a kind does what it would have done without us."""
+    """Remembers that a signal came. One that comes again later does what it would have done without us.
+
+    At once it is the same warning: a scheduler tells the process and the one that started it, which
+    passes it on.
+    """
 
     def __init__(self) -> None:
-        self.heard = False
         self._before: dict[int, Any] = {}
+        self._heard_at: dict[int, float] = {}
+
+    @property
+    def heard(self) -> bool:
+        return bool(self._heard_at)
 
     @property
     def listening(self) -> bool:
@@ -36,18 +48,19 @@ class _Ear:
         """Put back the handlers that were there."""
         for number in list(self._before):
             self._put_back(number)
-        self.heard = False
+        self._heard_at.clear()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.heard = True
-        before: Callable[[int, FrameType | None], Any] | int | None = self._put_back(number)
-        if callable(before):
-            before(number, frame)
+        first = self._heard_at.setdefault(number, time.monotonic())
+        if time.monotonic() - first > _ONE_WARNING_S:
+            self._put_back(number)
+            os.kill(os.getpid(), number)
+        elif callable(self._before[number]):
+            self._before[number](number, frame)
 
-    def _put_back(self, number: int) -> Any:
+    def _put_back(self, number: int) -> None:
         before = self._before.pop(number)
         signal.signal(number, signal.SIG_DFL if before is None else before)
-        return before
 
 
 _ear = _Ear()
@@ -59,7 +72,8 @@ def should_stop() -> bool:
     Slurm warns before the time limit (``sbatch --signal=USR1@120``) and when it requeues or cancels a
     job (SIGTERM); Kubernetes and spot instances send SIGTERM. The first call, in the main thread of
     every rank, begins to listen to SIGUSR1 and SIGTERM: before it they end the process as always, and
-    after one was heard a second of its kind does. :func:`idist.finalize` puts the handlers back.
+    one that comes again, two seconds after the first or later, does too. A process that has started the
+    ranks itself passes both on to them. :func:`idist.finalize` puts the handlers back.
 
     ::
 
@@ -77,10 +91,9 @@ def should_stop() -> bool:
 
     Cost: one all_gather of 256 bytes.
     """
-    context = current()
     if not _ear.listening and not _ear.heard:
         if threading.current_thread() is not threading.main_thread():
             raise ConfigError("call idist.should_stop() in the main thread first: Python hears signals only there")
         _ear.listen()
-        context.at_end.append(_ear.rest)
+        at_end.append(_ear.rest)
     return collectives.all_reduce(_ear.heard, "OR")

@@ -14,6 +14,12 @@ from idist.errors import ConfigError, did_you_mean
 
 OPS = ("SUM", "PRODUCT", "MIN", "MAX", "AND", "OR", "AVERAGE")
 
+# Of the others (uint16, float8_e4m3fn, ...) torch has no sum; what some backends have is not had everywhere.
+_TYPES = frozenset(
+    {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+    | {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+)
+
 BOOLEAN = {"SUM": "MAX", "OR": "MAX", "MAX": "MAX", "PRODUCT": "MIN", "AND": "MIN", "MIN": "MIN"}
 """Truth values as 0 and 1: torch adds booleans as it ORs them, and multiplies as it ANDs."""
 
@@ -25,9 +31,9 @@ def check(op: str, dtype: torch.dtype) -> None:
         ConfigError: an unknown reduction, or one that this type does not have.
     """
     if op not in OPS:
-        raise ConfigError(
-            f"op {op!r} is unknown; expected one of {', '.join(OPS)}.{did_you_mean(str(op).upper(), OPS)}"
-        )
+        raise ConfigError(f"op {op!r} is unknown; expected one of {', '.join(OPS)}.{did_you_mean(str(op), OPS)}")
+    if dtype not in _TYPES:
+        raise ConfigError(f"{dtype} is stored and moved, but torch does not compute with it; convert it first")
     floating = dtype.is_floating_point or dtype.is_complex
     if op in ("AND", "OR") and floating:
         raise ConfigError(f"op {op} is for integers and booleans, got {dtype}")

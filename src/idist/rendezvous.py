@@ -240,6 +240,9 @@ def _host_and_port(url: SplitResult) -> tuple[str, int]:
 
 def _address(topology: Topology) -> _Address:
     told = () if topology.master_addr is None else (topology.master_addr,)
+    if topology.nnodes == 1 and not topology.store_served and (told or topology.hosts):
+        told = ("127.0.0.1",)  # whatever name this node has: nobody else needs to reach it
+        topology = dataclasses.replace(topology, hosts=())
     hosts = tuple(dict.fromkeys((*told, *topology.hosts)))
     if not hosts:
         raise LaunchError(
@@ -429,7 +432,8 @@ class _Meeting:
             self._agree_on(purpose)
             if not self._topology.placed:
                 self._gather_at("claimed")
-                self._topology = self._topology.place([who["host"] for who in self._present().values()])
+                seats = self.store.multi_get([self._seat(rank) for rank in range(self._topology.world_size)])
+                self._topology = self._topology.place([json.loads(seat)["host"] for seat in seats])
             if prepare is not None:
                 with self._telling_others():
                     prepare(self._topology)
@@ -504,8 +508,9 @@ class _Meeting:
             time.sleep(_LINGER_S)
 
     def _present(self) -> dict[int, dict[str, str]]:
-        seats = {rank: self._seat(rank) for rank in range(self._topology.world_size)}
-        return {rank: json.loads(self.store.get(seat)) for rank, seat in seats.items() if self.store.check([seat])}
+        seats = [self._seat(rank) for rank in range(self._topology.world_size)]
+        taken = [rank for rank, seat in enumerate(seats) if self.store.check([seat])]
+        return {rank: json.loads(self.store.get(seats[rank])) for rank in taken}
 
     def _missing(self) -> str:
         present = self._present()

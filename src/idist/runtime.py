@@ -41,7 +41,6 @@ class Context:
         groups: by their ranks; made once, freed with the context.
         extra_groups: handles of the groups that were made with options, freed with the context too.
         everyone: the group of all ranks.
-        at_end: called when the context is finalized, in the thread that does it.
         neighbours: the global ranks of this node by local rank, once somebody has asked.
         world: the torch process group that was current when this context was last looked at: when
             another one is, or none, the user made or destroyed it.
@@ -60,7 +59,6 @@ class Context:
         self.groups: dict[tuple[int, ...], Group] = {}
         self.extra_groups: list[Any] = []
         self.neighbours: tuple[int, ...] | None = None
-        self.at_end: list[Callable[[], None]] = []
         self.world: Any = GroupMember.WORLD
         self.bound_to_world = not owned or self.world is not None
 
@@ -91,6 +89,9 @@ _slot = _Slot()
 _Slot.context = _serial()
 _Slot.context.world = None
 _local_rank_hint: int | None = None
+
+at_end: list[Callable[[], None]] = []
+"""What :func:`finalize` calls once, whichever context it then ends."""
 
 
 def current() -> Context:
@@ -201,9 +202,11 @@ def finalize() -> None:
     global _local_rank_hint
     context = current()
     context.free_groups()
-    while context.at_end:
-        context.at_end.pop()()
+    if "context" in _slot.__dict__:  # a rank that is a thread ends with its thread
+        return
     _local_rank_hint = None
+    while at_end:
+        at_end.pop()()
     if context.owned:
         _Slot.context = _serial()
         try:

@@ -8,6 +8,7 @@ current CUDA device, ``os.environ``.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +26,9 @@ from idist.topology import Topology
 __all__ = ["run_processes", "run_threads"]
 
 R = TypeVar("R")
+
+_GRACE_S = 1.0
+"""For a rank whose collective is over time to say so."""
 
 
 def run_threads(
@@ -62,8 +66,9 @@ def run_threads(
     ]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + timeout + _GRACE_S
     for thread in threads:
-        thread.join(timeout)
+        thread.join(max(deadline - time.monotonic(), 0))
     if failures:
         raise failures[0][1]
     late = [thread.name for thread in threads if thread.is_alive()]

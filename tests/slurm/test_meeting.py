@@ -69,6 +69,7 @@ def test_a_missing_rank_is_named_on_every_rank(apart: dict[str, Ended]) -> None:
     said = apart["rank 2 is missing"].err
     assert said.count("LaunchError: 2 of 3 ranks met in time; never came: rank 2. Here: rank 0 (node1, ") == 2
     assert_says(said, "never came: rank 2")
+    assert "[c10d]" not in said, "torch's own warnings, line after line, while the ranks wait"
 
 
 def test_without_rank_0_the_others_say_where_they_looked_for_it(apart: dict[str, Ended]) -> None:

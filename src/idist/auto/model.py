@@ -39,7 +39,8 @@ def auto_model(model: torch.nn.Module, sync_bn: bool = False, **kwargs: Any) -> 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"auto_model takes a torch.nn.Module, got {type(model).__name__}")
     context = current()
-    model = model.to(context.backend.device())
+    if len({parameter.device for parameter in model.parameters()}) <= 1:  # else its user has placed the parts
+        model = model.to(context.backend.device())
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return model
     wrapped = context.backend.wrap_model(model, sync_bn=sync_bn, **kwargs)

@@ -79,6 +79,8 @@ def create(name: str) -> Backend:
         raise ConfigError(f"backend must be a string or None, got {name!r}")
     if name == AUTO:
         name = dist.get_default_backend_for_device(accelerator() or "cpu")
+    if name in Serial.names():
+        raise ConfigError(f"backend {name!r} is what runs when nothing is initialised: pass None instead")
     backend = _find(name)
     reason = backend.unavailable_reason()
     if reason is not None:

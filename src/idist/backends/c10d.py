@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -62,9 +62,11 @@ class C10d(Backend):
             return ()
         return tuple(name for name in dist.Backend.backend_list if name not in _NOT_BACKENDS)
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, adopted: bool = False) -> None:
         self.name = name
         self._by_device = _devices_of(name)
+        if not adopted:  # what torch has started is right, whatever we think of it
+            _check_capabilities(name, self._by_device)
         self._device = torch.device("cpu")
         self._server: dist.TCPStore | None = None
         self._one_node = False
@@ -92,9 +94,10 @@ class C10d(Backend):
             return None
         config = dist.get_backend_config(world)
         libraries = {part.partition(":")[2] for part in config.split(",")}
-        backend = cls(libraries.pop() if len(libraries) == 1 else config)
+        backend = cls(libraries.pop() if len(libraries) == 1 else config, adopted=True)
         backend.rank, backend.world_size = world.rank(), world.size()
         backend._device = backend._current_device()
+        backend._timeout = _timeout_of(world, backend._device)
         backend._one_node = _meets_on_loopback(dist.distributed_c10d._get_default_store())
         return backend
 
@@ -125,6 +128,8 @@ class C10d(Backend):
             self._device = self._bind(placed, device)
 
         def connect(store: dist.Store, placed: Topology) -> None:
+            # Some libraries make their connections at the first collective, by way of the store.
+            store.set_timeout(timeout or rendezvous.DEFAULT_TIMEOUT)
             dist.init_process_group(
                 self.name,
                 store=store,
@@ -188,9 +193,11 @@ class C10d(Backend):
         dist.barrier(group.handle, device_ids=ids)
 
     def new_group(self, ranks: tuple[int, ...], **options: Any) -> Any:
+        options.setdefault("timeout", self._timeout)  # torch would take its default, not the world's
+        if "mpi" in self._by_device.values():  # a native MPI makes groups with the help of all ranks only
+            return dist.new_group(list(ranks), **options)
         if self.rank not in ranks:
             return GroupMember.NON_GROUP_MEMBER
-        options.setdefault("timeout", self._timeout)  # torch would take its default, not the world's
         # Members only: a rank that has no part in the group need not take part in making it.
         with _names_groups(_next_name(ranks, self.rank)):
             return dist.new_group(list(ranks), use_local_synchronization=True, **options)
@@ -199,7 +206,8 @@ class C10d(Backend):
         return GroupMember.WORLD
 
     def free_group(self, handle: Any) -> None:
-        dist.destroy_process_group(handle)
+        with suppress(ValueError):  # the user has destroyed it
+            dist.destroy_process_group(handle)
 
     def ranks_of(self, handle: Any) -> tuple[int, ...] | None:
         if handle is None or handle == GroupMember.NON_GROUP_MEMBER:
@@ -210,6 +218,8 @@ class C10d(Backend):
 
     def wrap_model(self, model: torch.nn.Module, *, sync_bn: bool, **options: Any) -> torch.nn.Module:
         """DistributedDataParallel on this rank's device; ``options`` are its arguments."""
+        if isinstance(model, DistributedDataParallel):
+            raise ConfigError("the model is wrapped in DistributedDataParallel already; auto_model takes the bare one")
         if sync_bn:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         devices = {parameter.device for parameter in model.parameters()}
@@ -315,11 +325,23 @@ def _devices_of(name: str) -> dict[str, str]:
                 f"backend {name!r}: {part!r} is not a device type, a colon and a backend, "
                 f"each device once, as in 'cpu:gloo,cuda:nccl'; torch has {', '.join(known)}"
             )
+        by_device[device] = library
+    return by_device
+
+
+def _check_capabilities(name: str, by_device: dict[str, str]) -> None:
+    for device, library in by_device.items():
         serves = dist.Backend.backend_capability.get(library, [device])
         if device not in serves:
             raise ConfigError(f"backend {name!r}: {library} is for {' and '.join(serves)}, not for {device!r}")
-        by_device[device] = library
-    return by_device
+
+
+def _timeout_of(world: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """What the user gave to the group; None where the library of this device does not tell."""
+    with suppress(RuntimeError):
+        options = getattr(world._get_backend(device), "options", None)
+        return getattr(options, "_timeout", None)
+    return None
 
 
 def _common_reductions() -> dict[str, frozenset[torch.dtype]]:

@@ -44,9 +44,10 @@ def add_to(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--nproc", type=_positive, metavar="N", help="processes per node")
+    spellings = ("--nproc", "--nproc_per_node", "--nproc-per-node")
+    parser.add_argument(*spellings, dest="nproc", type=_positive, metavar="N", help="processes per node")
     parser.add_argument("--nnodes", type=_positive, metavar="N", help="nodes; default: this one, or the allocation's")
-    parser.add_argument("--node-rank", type=int, metavar="I", help="index of this node")
+    parser.add_argument("--node-rank", "--node_rank", type=int, metavar="I", help="index of this node")
     parser.add_argument("--master", metavar="HOST:PORT", help="node 0, and a free port there, where the nodes meet")
     parser.add_argument("--hosts", type=_names, default=(), metavar="A,B", help="the nodes, for tools that reach them")
     choice = parser.add_mutually_exclusive_group()

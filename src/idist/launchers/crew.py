@@ -81,6 +81,11 @@ class Crew:
             report.close()
         member.send(payload.pickled)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to all processes that have not ended."""
+        for member in self._living():
+            member.signal(number)
+
     def results(self) -> list[Any]:
         """What the functions returned, when all processes have ended well.
 

@@ -23,13 +23,14 @@ from idist.errors import ConfigError
 from idist.launchers.crew import Crew
 from idist.launchers.job import Job
 from idist.launchers.payload import Payload, Streams
+from idist.launchers.relay import passing_on_warnings
 from idist.launchers.worker import Assignment
 from idist.topology import Topology
 
 logger = logging.getLogger("idist")
 
 _LOOPBACK = "127.0.0.1"
-_PRELOADED = ("torch", "idist", "idist.launchers")
+_PRELOADED = ("torch", "idist", "idist.launchers", "idist.launchers.server")
 
 
 def launch(
@@ -56,11 +57,12 @@ def launch(
     logger.info("%s runs in %d processes (%s)", getattr(fn, "__qualname__", fn), job.nproc_per_node, method)
     context = multiprocessing.get_context(method)
     payload = Payload(fn, args, kwargs, job.options)
-    with _Rendezvous(job) as rendezvous, Crew(context, daemon=job.daemon) as crew:
+    with passing_on_warnings() as relay, _Rendezvous(job) as rendezvous, Crew(context, daemon=job.daemon) as crew:
         for rank in job.ranks:
             topology = rendezvous.of(job.topology(rank))
             crew.start(rank, _assignment(job, topology, method, env), payload)
         rendezvous.serve()
+        relay.to = crew.signal
         return crew.results()
 
 

@@ -150,6 +150,9 @@ def main(
     """
     lifeline.watch()
     signal.signal(signal.SIGINT, _interrupt_once)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        if not assignment.forked:  # the fork server ignores them
+            signal.signal(number, signal.SIG_DFL)
     if assignment.forked:
         atexit._clear()  # what is registered there belongs to the process that we are a copy of
     outcome: Returned | Raised
