@@ -34,8 +34,7 @@ install() {
     if [[ -z $(missing) ]]; then return; fi
     [[ $(id -u) == 0 ]] || fail "installing ${PACKAGES[*]} needs root"
     apt-get update
-    # RUNLEVEL=1: without systemd, the packages' own daemons are not started.
-    RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${PACKAGES[@]}"
+    DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${PACKAGES[@]}"
 }
 
 require() {

@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (programs / name).chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(programs), prepend=":")
+        patch.delenv("PYTHONUNBUFFERED", raising=False)  # with it a line is written in two pieces, and lines mix
         yield tmp_path
 
 
