@@ -92,7 +92,7 @@ def all_reduce(
     Raises:
         ConfigError: a bad ``op`` or ``group``.
         TypeError: neither a tensor nor a number.
-        CollectiveMismatch: the ranks disagree (numbers always; tensors with ``verify``).
+        CollectiveMismatch: the ranks disagree (numbers always; where one passes a tensor, with ``verify``).
         PeerFailed: another rank gave a value that cannot be reduced.
 
     Cost: one all_reduce; one all_gather of 256 bytes for a number, for a type that the backend
@@ -215,7 +215,8 @@ def broadcast(
 
     Args:
         value: a tensor, a number, a string, a path, or any object that pickle takes. For a tensor
-            the other ranks pass one of the same shape and dtype; for all else they may pass None.
+            the other ranks pass one of the same shape and dtype (or use ``safe_mode``: with None they
+            would wait for what does not come, unless the context verifies); for all else they may pass None.
         src: the global rank that has the value.
         safe_mode: the other ranks may pass anything, also for a tensor: what comes is announced first.
         group: ranks, or what :func:`new_group` returned; default: all ranks.

@@ -27,7 +27,7 @@ class Topology:
         node_rank: index of this node in the job.
         nnodes: number of nodes of the job.
         master_addr: host where rank 0 can be reached, if the environment tells.
-        hosts: where it is not told: the nodes of the job, rank 0 being on one of them.
+        hosts: where that is not told or not sure: the nodes of the job, rank 0 being on one of them.
         master_port: port of the rendezvous there, if the environment tells.
         store_served: whether a store listens there already (torchrun's agent, the process that
             spawned us); otherwise rank 0 has to serve it.
