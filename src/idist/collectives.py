@@ -43,12 +43,12 @@ class Handle:
 
     __slots__ = ("_finish", "_result", "_work")
 
-    def __init__(self, work: Work, finish: Callable[[], Tensor]) -> None:
+    def __init__(self, work: Work, finish: Callable[[], Any]) -> None:
         self._work: Work | None = work
         self._finish = finish
-        self._result: Tensor | None = None
+        self._result: Any = None
 
-    def wait(self) -> Tensor:
+    def wait(self) -> Any:
         """The result, when it is there; the same again at a second call.
 
         Raises:
@@ -58,7 +58,6 @@ class Handle:
             self._work.wait()
             self._result = self._finish()
             self._work = None
-        assert self._result is not None
         return self._result
 
 
@@ -246,7 +245,7 @@ def broadcast(
     return _broadcast_value(context, members, value, src, safe_mode)
 
 
-def gather(value: Any, dst: int = 0, group: Any = None, *, verify: bool | None = None) -> Any:
+def gather(value: Any, dst: int = 0, group: Any = None, *, async_op: bool = False, verify: bool | None = None) -> Any:
     """Every rank's value, on rank ``dst`` alone.
 
     Args and errors: as :func:`all_gather`, and ``dst`` is a global rank of the group.
@@ -261,10 +260,11 @@ def gather(value: Any, dst: int = 0, group: Any = None, *, verify: bool | None =
     """
     context, members = _enter(group)
     _check_root(dst, members, "dst")
+    if isinstance(value, Tensor):
+        return _answer(_start_gather(context, members, value, dst, verify), async_op)
+    _tensors_only(async_op, value)
     if members.index < 0:
         return None
-    if isinstance(value, Tensor):
-        return _gather_tensor(context, members, value, dst, verify)
     messages = _exchange_value(context, members, Call.GATHER, value, root=dst, to=dst)
     return [wire.decode(m.payload, m.kind) for m in messages] if context.rank == dst else None
 
@@ -483,13 +483,15 @@ def _start_broadcast(context: Context, group: Group, tensor: Tensor, src: int, v
     return Handle(work, lambda: staged.to(tensor.device))
 
 
-def _gather_tensor(context: Context, group: Group, tensor: Tensor, dst: int, verify: bool | None) -> Tensor | None:
+def _start_gather(context: Context, group: Group, tensor: Tensor, dst: int, verify: bool | None) -> Handle:
+    if group.index < 0:
+        return Handle(DONE, lambda: None)
     _verify(context, group, Call.GATHER, tensor, verify, root=dst)
     staged = _staged(context, tensor)
     out = staged.new_empty(group.size * staged.numel()) if context.rank == dst else None
-    context.backend.gather_into(out, staged.view(-1), dst, group).wait()
+    work = context.backend.gather_into(out, staged.view(-1), dst, group)
     shape = (group.size * tensor.shape[0], *tensor.shape[1:]) if tensor.ndim else (group.size,)
-    return None if out is None else out.view(shape).to(tensor.device)
+    return Handle(work, lambda: None if out is None else out.view(shape).to(tensor.device))
 
 
 def _rows(tensor: Tensor, group: Group, name: str) -> int:
@@ -634,7 +636,8 @@ def _broadcast_announced(context: Context, group: Group, value: Any, description
     else:
         device = value.device if isinstance(value, Tensor) else context.backend.device()
         tensor = _empty_as_described(description, device)
-    return _start_broadcast(context, group, tensor, src, verify=False).wait()
+    received: Tensor = _start_broadcast(context, group, tensor, src, verify=False).wait()
+    return received
 
 
 def _scatter(context: Context, group: Group, values: Any, src: int) -> Any:

@@ -49,6 +49,20 @@ def test_layout(call: str, layout: str) -> None:
     same(snapshot(given), before)
 
 
+@pytest.mark.parametrize("dtype", DERIVED)
+def test_gather(dtype: torch.dtype) -> None:
+    """Its result is on one rank alone; the others wait for it all the same."""
+    given = filled(idist.get_rank(), dtype, (4, 3))
+    handle = idist.gather(given, dst=last(), async_op=True)
+    assert isinstance(handle, idist.Handle)
+    result, expected = handle.wait(), idist.gather(given, dst=last())
+    if idist.get_rank() == last():
+        same(result, expected)
+    else:
+        assert result is None
+        assert expected is None
+
+
 def test_in_place_gives_the_tensor_itself() -> None:
     for layout in ("matrix", "transposed", "strided", "parameter"):
         given = LAYOUTS[layout](idist.get_rank())

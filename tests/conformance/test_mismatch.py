@@ -40,7 +40,7 @@ TENSOR_CALLS: dict[str, Callable[..., Any]] = {
     "reduce_scatter": idist.reduce_scatter,
     "all_to_all": idist.all_to_all,
 }
-ASYNC = sorted(TENSOR_CALLS.keys() - {"gather"})
+ASYNC = sorted(TENSOR_CALLS)
 
 
 @pytest.mark.parametrize("call", TENSOR_CALLS)
