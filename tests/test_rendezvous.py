@@ -21,7 +21,7 @@ from idist.topology import Topology
 
 SECONDS = 20.0
 SHORT = 1.5
-SLACK = 10.0  # what rank 0 stays so that the others can read why, and for a loaded machine
+SLACK = 5.0  # what rank 0 stays so that the others can read why, and for a loaded machine
 
 WAYS = ("tcp", "file", "env", "served")
 Arguments = tuple[str | None, dict[str, Any]]
