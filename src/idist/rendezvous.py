@@ -432,8 +432,7 @@ class _Meeting:
             self._agree_on(purpose)
             if not self._topology.placed:
                 self._gather_at("claimed")
-                seats = self.store.multi_get([self._seat(rank) for rank in range(self._topology.world_size)])
-                self._topology = self._topology.place([json.loads(seat)["host"] for seat in seats])
+                self._topology = self._topology.place([who["host"] for who in self._present().values()])
             if prepare is not None:
                 with self._telling_others():
                     prepare(self._topology)
