@@ -166,15 +166,18 @@ def all_gather(
     return [wire.decode(message.payload, message.kind) for message in messages]
 
 
-def all_gather_tensors_with_shapes(tensor: Tensor, shapes: Sequence[Sequence[int]], group: Any = None) -> list[Tensor]:
+def all_gather_tensors_with_shapes(
+    tensor: Tensor, shapes: Sequence[Sequence[int]], group: Any = None, *, async_op: bool = False
+) -> Any:
     """Every rank's tensor, where the shapes differ and every rank knows them all.
 
     Args:
         tensor: of the shape that ``shapes`` gives for this rank.
         shapes: one per rank of the group.
+        async_op: return a :class:`Handle` at once.
 
     Returns:
-        One tensor per rank of the group, in the order of the ranks.
+        A list of one tensor per rank of the group, in the order of the ranks.
 
     Raises:
         TypeError: not a tensor.
@@ -187,7 +190,7 @@ def all_gather_tensors_with_shapes(tensor: Tensor, shapes: Sequence[Sequence[int
     if not isinstance(tensor, Tensor):
         raise TypeError(f"all_gather_tensors_with_shapes takes a tensor, got {type(tensor).__name__}")
     if members.index < 0:
-        return [tensor]
+        return _answer(Handle(DONE, lambda: [tensor]), async_op)
     sizes = [torch.Size(shape) for shape in shapes]
     if len(sizes) != members.size:
         raise ConfigError(f"expected one shape for each of {members.size} ranks, got {len(sizes)}")
@@ -198,7 +201,7 @@ def all_gather_tensors_with_shapes(tensor: Tensor, shapes: Sequence[Sequence[int
     if context.verify:
         told = _described(tensor.dtype, [" and ".join("x".join(map(str, size)) for size in sizes)])
         _exchange_tensor(context, members, Message(Call.WITH_SHAPES, Kind.TENSOR, told))
-    return _all_gather_sizes(context, members, tensor, sizes)
+    return _answer(_start_all_gather_sizes(context, members, tensor, sizes), async_op)
 
 
 def broadcast(
@@ -269,13 +272,14 @@ def gather(value: Any, dst: int = 0, group: Any = None, *, async_op: bool = Fals
     return [wire.decode(m.payload, m.kind) for m in messages] if context.rank == dst else None
 
 
-def scatter(values: Sequence[Any] | None, src: int = 0, group: Any = None) -> Any:
+def scatter(values: Sequence[Any] | None, src: int = 0, group: Any = None, *, async_op: bool = False) -> Any:
     """One of rank ``src``'s values for each rank.
 
     Args:
         values: on rank ``src`` one value per rank of the group, all tensors of one shape and dtype, or
             none of them a tensor; ignored on the others.
         src: the global rank that has the values.
+        async_op: return a :class:`Handle` when it is known what comes; tensors only.
 
     Returns:
         This rank's value; a tensor is new, and on the device of the source's kind.
@@ -289,8 +293,8 @@ def scatter(values: Sequence[Any] | None, src: int = 0, group: Any = None) -> An
     context, members = _enter(group)
     _check_root(src, members, "src")
     if members.index < 0:
-        return values
-    return _scatter(context, members, values, src)
+        return _answer(Handle(DONE, lambda: values), async_op)
+    return _answer(_start_scatter(context, members, values, src, async_op), async_op)
 
 
 def reduce_scatter(
@@ -463,15 +467,20 @@ def _all_gather_uneven(context: Context, group: Group, tensor: Tensor) -> Tensor
     rest = _described(tensor.dtype, ("*", *tensor.shape[1:]))
     parts = _exchange_tensor(context, group, Message(Call.UNEVEN, Kind.TENSOR, rest), extra=tensor.shape[0])
     shapes = [torch.Size((first, *tensor.shape[1:])) for first in parts]
-    return torch.cat(_all_gather_sizes(context, group, tensor, shapes))
+    return torch.cat(_start_all_gather_sizes(context, group, tensor, shapes).wait())
 
 
-def _all_gather_sizes(context: Context, group: Group, tensor: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
+def _start_all_gather_sizes(context: Context, group: Group, tensor: Tensor, sizes: Sequence[torch.Size]) -> Handle:
     longest = max(size.numel() for size in sizes)
     padded = tensor.detach().new_zeros(longest)
     padded[: tensor.numel()] = tensor.detach().reshape(-1)
-    rows = _start_all_gather(context, group, padded, verify=False).wait().view(group.size, longest)
-    return [row[: size.numel()].view(size) for row, size in zip(rows, sizes, strict=True)]
+    gathering = _start_all_gather(context, group, padded, verify=False)
+
+    def cut() -> list[Tensor]:
+        rows = gathering.wait().view(group.size, longest)
+        return [row[: size.numel()].view(size) for row, size in zip(rows, sizes, strict=True)]
+
+    return Handle(gathering, cut)
 
 
 def _start_broadcast(context: Context, group: Group, tensor: Tensor, src: int, verify: bool | None) -> Handle:
@@ -640,7 +649,7 @@ def _broadcast_announced(context: Context, group: Group, value: Any, description
     return received
 
 
-def _scatter(context: Context, group: Group, values: Any, src: int) -> Any:
+def _start_scatter(context: Context, group: Group, values: Any, src: int, async_op: bool) -> Handle:
     """The source's frame says what comes: a tensor each, or rows of bytes of one length."""
     rows: list[bytes] | None = None
     stacked: Tensor | None = None
@@ -654,16 +663,17 @@ def _scatter(context: Context, group: Group, values: Any, src: int) -> Any:
                 stacked = _stacked(values)
                 message = Message(Call.SCATTER, Kind.TENSOR, _described(stacked.dtype, stacked.shape[1:]), root=src)
             else:
+                _tensors_only(async_op, values[0])
                 rows = _packed(values)
                 message = Message(Call.SCATTER, Kind.OBJECT, str(len(rows[0])).encode(), root=src)
     head = wire.exchange(context, group, message)[group.ranks.index(src)]
     if head.kind is Kind.OBJECT:
         row = wire.scatter_bytes(context, group, rows, int(head.payload), src)
-        return wire.decode(row[9 : 9 + int.from_bytes(row[1:9], "big")], Kind(row[0]))
+        value = wire.decode(row[9 : 9 + int.from_bytes(row[1:9], "big")], Kind(row[0]))
+        return Handle(DONE, lambda: value)
     out = _empty_as_described(head.payload, context.backend.device())
     staged = None if stacked is None else _staged(context, stacked).to(out.device).view(-1)
-    context.backend.scatter_into(out.view(-1), staged, src, group).wait()
-    return out
+    return Handle(context.backend.scatter_into(out.view(-1), staged, src, group), lambda: out)
 
 
 def _stacked(values: Sequence[Any]) -> Tensor:

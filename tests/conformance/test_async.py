@@ -19,7 +19,22 @@ CALLS: dict[str, Callable[..., Any]] = {
     "broadcast": lambda tensor, **kwargs: idist.broadcast(tensor, src=last(), **kwargs),
     "reduce_scatter": idist.reduce_scatter,
     "all_to_all": idist.all_to_all,
+    "all_gather_tensors_with_shapes": lambda tensor, **kwargs: with_shapes(tensor, **kwargs),
+    "scatter": lambda tensor, **kwargs: scattered(tensor, **kwargs),
 }
+
+
+def with_shapes(tensor: torch.Tensor, **kwargs: Any) -> Any:
+    """Rank r leaves the last r rows out."""
+    lengths = [max(tensor.shape[0] - rank, 0) for rank in range(idist.get_world_size())]
+    shapes = [(length, *tensor.shape[1:]) for length in lengths]
+    return idist.all_gather_tensors_with_shapes(tensor[: lengths[idist.get_rank()]], shapes, **kwargs)
+
+
+def scattered(tensor: torch.Tensor, **kwargs: Any) -> Any:
+    values = [tensor] * idist.get_world_size() if idist.get_rank() == last() else None
+    return idist.scatter(values, src=last(), **kwargs)
+
 
 DERIVED = (torch.float32, torch.bool, torch.int16, torch.bfloat16, torch.complex64)
 """Types that go different ways."""
@@ -109,6 +124,12 @@ def test_only_for_tensors(value: Any) -> None:
         idist.all_gather(value, async_op=True)
     with raises(idist.ConfigError, "async_op", type(value).__name__):
         idist.broadcast(value, async_op=True)
+    if idist.get_rank() == 0:
+        with raises(idist.ConfigError, "async_op", type(value).__name__):
+            idist.scatter([value] * idist.get_world_size(), async_op=True)
+    else:
+        with raises(idist.PeerFailed, "async_op"):
+            idist.scatter(None, async_op=True)
 
 
 def test_not_in_safe_mode() -> None:

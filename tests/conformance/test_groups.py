@@ -129,18 +129,21 @@ def test_async(ranks: str) -> None:
         "broadcast": idist.broadcast(given, src=members[0], group=group, async_op=True),
         "reduce_scatter": idist.reduce_scatter(given, group=group, async_op=True),
         "all_to_all": idist.all_to_all(given, group=group, async_op=True),
+        "scatter": idist.scatter([given] * len(members), src=members[0], group=group, async_op=True),
     }
     results = {call: handle.wait() for call, handle in handles.items()}
     assert results.pop("all_reduce_") is in_place
+    scattered = results.pop("scatter")
     if member:
         total = float(sum(members))
+        same(scattered, torch.full((12,), float(members[0])))
         same(results["all_reduce"], torch.full((12,), total))
         same(results["all_gather"], side_by_side([torch.full((12,), float(rank)) for rank in members]))
         same(results["broadcast"], torch.full((12,), float(members[0])))
         same(results["reduce_scatter"], torch.full((12 // len(members),), total))
         same(results["all_to_all"], side_by_side([torch.full((12 // len(members),), float(r)) for r in members]))
     else:
-        assert all(result is given for result in results.values())
+        assert all(result is given for result in [*results.values(), *scattered])
 
 
 @pytest.mark.ranks(at_least=2)
