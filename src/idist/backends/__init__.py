@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from idist.backends.base import Backend, accelerator
 from idist.backends.c10d import C10d
+from idist.backends.mpi import Mpi
 from idist.backends.serial import Serial
 from idist.errors import BackendUnavailable, ConfigError, close_match
 
@@ -30,7 +31,7 @@ __all__ = [
 
 AUTO = "auto"
 
-BUILTIN: tuple[type[Backend], ...] = (Serial, C10d)
+BUILTIN: tuple[type[Backend], ...] = (Serial, Mpi, C10d)
 """Ours. ``import idist`` looks at no other package: :func:`classes` does, when a backend is asked for."""
 
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from datetime import timedelta
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -69,12 +69,15 @@ class Backend(ABC):
     Attributes:
         name: as the user spells it, for example ``gloo`` or ``cpu:gloo,cuda:nccl``.
         model_name: ``serial``, ``native-dist``, ``xla-dist`` or ``horovod-dist``.
+        launcher: what starts its processes where idist is asked to: ``multiprocessing``, or a
+            program without which the backend's library connects nothing.
         rank: of this process; set by :meth:`start` or :meth:`attach`.
         world_size: of the job; likewise.
     """
 
     name: str
     model_name: str
+    launcher: ClassVar[str] = "multiprocessing"
     rank: int
     world_size: int
 

@@ -44,7 +44,7 @@ _REDUCES: dict[str, dict[str, frozenset[torch.dtype]]] = {
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-_NOT_BACKENDS = frozenset({"undefined", "fake"})
+_NOT_BACKENDS = frozenset({"undefined", "fake", "mpi4py"})  # the last is ours, under another name
 
 
 class C10d(Backend):
@@ -64,6 +64,7 @@ class C10d(Backend):
 
     def __init__(self, name: str, *, adopted: bool = False) -> None:
         self.name = name
+        self._torch_name = name
         self._by_device = _devices_of(name)
         if not adopted:  # what torch has started is right, whatever we think of it
             _check_capabilities(name, self._by_device)
@@ -131,7 +132,7 @@ class C10d(Backend):
             # Some libraries make their connections at the first collective, by way of the store.
             store.set_timeout(timeout or rendezvous.DEFAULT_TIMEOUT)
             dist.init_process_group(
-                self.name,
+                self._torch_name,
                 store=store,
                 rank=placed.rank,
                 world_size=placed.world_size,
@@ -194,7 +195,8 @@ class C10d(Backend):
 
     def new_group(self, ranks: tuple[int, ...], **options: Any) -> Any:
         options.setdefault("timeout", self._timeout)  # torch would take its default, not the world's
-        if "mpi" in self._by_device.values():  # a native MPI makes groups with the help of all ranks only
+        if "mpi" in self._by_device.values() and dist.is_mpi_available():
+            # A native MPI makes groups with the help of all ranks only.
             return dist.new_group(list(ranks), **options)
         if self.rank not in ranks:
             return GroupMember.NON_GROUP_MEMBER

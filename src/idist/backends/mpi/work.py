@@ -1,0 +1,263 @@
+"""Operations under way: nonblocking calls of MPI, with a deadline."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from typing_extensions import Self
+
+from idist.backends.mpi.library import Departures
+
+_SPINS = 200
+_EAGER_S = 0.5
+_LOOK_S = 0.25
+_CONFIRM_S = 1.5
+_IDLE_S = 0.0005
+_yield = getattr(os, "sched_yield", lambda: time.sleep(0))
+_never_done: list[Any] = []
+"""What MPI may still write into, of operations that were given up."""
+
+
+class Watch:
+    """How long an operation of a group may take, and of whom it is known that they will not come.
+
+    Attributes:
+        seconds: from the start of the operation.
+    """
+
+    def __init__(self, ranks: Iterable[int], timeout: timedelta, departures: Departures) -> None:
+        self.seconds = timeout.total_seconds()
+        self._ranks = tuple(ranks)
+        self._departures = departures
+
+    def problem(self, what: str, begun: float) -> str | None:
+        """What speaks against waiting any longer."""
+        now = time.monotonic()
+        noticed = self._departures.noticed()
+        gone = sorted(rank for rank in self._ranks if now - noticed.get(rank, now) > _CONFIRM_S)
+        if gone:
+            return f"{what} cannot end: {_ranks(gone)} ended without taking part. What they printed says why."
+        if now - begun > self.seconds:
+            return (
+                f"{what} timed out after {self.seconds:.0f} s: some of the {len(self._ranks)} ranks of the group "
+                "did not come, or called another collective."
+            )
+        return None
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+class MpiWork(dist.Work):
+    """One operation, of one or more requests.
+
+    Args:
+        what: the operation, for messages.
+        requests: of MPI, of which none may fail to be completed.
+        tensors: what the operation gives.
+        finish: called once when it has ended, before anybody sees the tensors.
+        keep: what MPI reads from and writes into.
+        statuses: one for each request, where somebody will ask whose message was received.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        what: str,
+        requests: Sequence[Any],
+        tensors: Any,
+        *,
+        finish: Callable[[], Any] | None = None,
+        keep: Any = None,
+        statuses: Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self._watch = watch
+        self._what = what
+        self._requests = list(requests)
+        self._tensors = tensors
+        self._finish = finish
+        self._keep = keep
+        self._statuses = statuses
+        self._begun = time.monotonic()
+        self._done = False
+        self._error: Exception | None = None
+        self._future: Any = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, works: Sequence[Self], tensors: Any) -> Self:
+        """Several operations of one group as one; of them, only the requests are used any more."""
+        first = works[0]
+
+        def finish() -> None:
+            for work in works:
+                if work._finish is not None:
+                    work._finish()
+
+        requests = [request for work in works for request in work._requests]
+        return cls(first._watch, first._what, requests, tensors, finish=finish, keep=works)
+
+    def advance(self) -> bool:
+        """Let MPI work, and tell whether the operation has ended, well or not."""
+        if self._done:
+            return True
+        with self._lock:
+            if not self._done:
+                try:
+                    if not MPI.Request.Testall(self._requests, self._statuses):
+                        return False
+                    if self._finish is not None:
+                        self._finish()
+                except Exception as error:  # MPI's own, or of a reduction
+                    self._error = RuntimeError(f"{self._what} failed: {error}")
+                self._done = True
+        return True
+
+    def look(self) -> bool:
+        """As :meth:`advance`, and give up if there is reason to."""
+        if self.advance():
+            return True
+        problem = self._watch.problem(self._what, self._begun)
+        if problem is not None:
+            with self._lock:
+                if not self._done:
+                    _never_done.append((self._requests, self._keep, self._tensors))
+                    self._error, self._done = RuntimeError(problem), True
+        return self._done
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Wait until the operation has ended.
+
+        Raises:
+            RuntimeError: it failed, took longer than ``timeout`` or the group's, or can never end.
+        """
+        for _ in range(_SPINS):
+            if self.advance():
+                break
+        else:
+            self._wait_long(timeout.total_seconds())
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def _wait_long(self, seconds: float) -> None:
+        begun = looked = time.monotonic()
+        while not self.advance():
+            now = time.monotonic()
+            if now - looked > _LOOK_S or now - self._begun > self._watch.seconds:
+                looked = now
+                if self.look():
+                    return
+                if 0 < seconds < now - begun:
+                    raise RuntimeError(f"{self._what} has not ended after {seconds:.0f} s")
+            if now - begun < _EAGER_S:
+                _yield()
+            else:
+                time.sleep(_IDLE_S)
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_completed(self) -> bool:
+        return self.advance()
+
+    def is_success(self) -> bool:
+        return self.advance() and self._error is None
+
+    def exception(self) -> Any:
+        return self._error
+
+    def result(self) -> Any:
+        self.wait()
+        return self._tensors
+
+    def source_rank(self) -> int:
+        """The rank within the group whose message was received."""
+        self.wait()
+        assert self._statuses is not None, f"{self._what} receives from no rank of its choice"
+        return int(self._statuses[0].Get_source())
+
+    _source_rank = source_rank
+
+    def get_future(self) -> Any:
+        """A future of the tensors; a thread sees to it that the operation ends without anybody waiting."""
+        with self._lock:
+            if self._future is not None:
+                return self._future
+            self._future = torch.futures.Future()
+        _progress.add(self)
+        return self._future
+
+    def settle(self) -> None:
+        """Tell the future how the operation has ended."""
+        if self._error is not None:
+            self._future.set_exception(self._error)
+        else:
+            self._future.set_result(self._tensors)
+
+
+class Progress:
+    """The thread that moves operations on whose futures somebody waits for."""
+
+    def __init__(self) -> None:
+        self._works: list[MpiWork] = []
+        self._news = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._ending = False
+
+    def add(self, work: MpiWork) -> None:
+        """Take care of an operation."""
+        with self._news:
+            self._works.append(work)
+            if self._thread is None:
+                self._ending = False
+                self._thread = threading.Thread(target=self._run, name="idist mpi progress", daemon=True)
+                self._thread.start()
+            self._news.notify()
+
+    def stop(self) -> None:
+        """End the thread; operations that have not ended fail."""
+        with self._news:
+            thread, self._thread = self._thread, None
+            self._ending = True
+            self._news.notify()
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        idle_since = looked = time.monotonic()
+        while True:
+            with self._news:
+                while not self._works and not self._ending:
+                    self._news.wait()
+                    idle_since = time.monotonic()
+                if self._ending:
+                    return
+                works = list(self._works)
+            now = time.monotonic()
+            patient = now - looked < _LOOK_S
+            looked = looked if patient else now
+            ended = [work for work in works if (work.advance() if patient else work.look())]
+            for work in ended:
+                self._works.remove(work)
+                work.settle()
+            if ended:
+                idle_since = now
+            elif now - idle_since < _EAGER_S:
+                _yield()
+            else:
+                time.sleep(_IDLE_S)
+
+
+_progress = Progress()
+stop_progress = _progress.stop
