@@ -9,7 +9,7 @@ CONSTRAINTS ?= tools/cpu-constraints.txt
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mpich env-openmpi demo test test-mpi test-mpich test-openmpi test-slurm check test-gpu clean
+.PHONY: help env env-mpich env-openmpi bench-mpi demo test test-mpi test-mpich test-openmpi test-slurm check test-gpu clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,14 @@ env-mpich env-openmpi: env-%: $(VENV)-%/.made ## make an environment with this M
 
 test-mpi: test-mpich test-openmpi ## run the tests that need a real mpiexec, with MPICH and with Open MPI
 
-test-mpich test-openmpi: test-%: env-%
+# Both environments, for either: one test starts the processes of the one with the mpiexec of the other.
+test-mpich test-openmpi: test-%: env-mpich env-openmpi
 	$(VENV)-$*/bin/python -m pytest -m mpi tests/mpi tests/examples/test_readme_commands.py $(ARGS)
+
+bench-mpi: env-mpich env-openmpi ## compare mpi with gloo, with MPICH and with Open MPI
+	for mpi in mpich openmpi; do \
+		PATH="$(CURDIR)/$(VENV)-$$mpi/bin:$$PATH" python -m idist run --mpi --nproc 2 bench/mpi.py $(ARGS) || exit 1; \
+	done
 
 test-slurm: env ## run the tests that need Slurm, on a cluster of four nodes that is started for them; as root
 	tools/slurm-cluster.sh with $(VENV)/bin/python -m pytest -m slurm tests/slurm \

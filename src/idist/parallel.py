@@ -67,8 +67,13 @@ class Parallel:
     memory. The fork server imports torch once; it keeps the resource limits that it found at the
     first run.
 
+    With a backend whose library needs its own launcher, ``mpi`` for one, :meth:`run` starts that, on
+    this node: ``mpiexec`` of this Python's environment, else of PATH. What places processes
+    (``nnodes``, ``master_addr``, ``init_method``, ``start_method``, ...) is then an error, and the
+    function has to be in a file. For several nodes start the script with ``mpiexec``.
+
     Cost: the first run starts the fork server, about as long as ``import torch``; every process then
-    imports the script, and joins.
+    imports the script, and joins. Processes of ``mpiexec`` import torch each by themselves, in every run.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class Parallel:
         Raises:
             WorkerFailed: a process that was started failed; it has the rank and the traceback of the
                 first failure. All processes have ended. An attached ``fn`` raises as any function does.
+            LaunchError: the processes could not be started; there is no ``mpiexec``, for one.
             ConfigError: outside of the ``with`` block, ``fn`` cannot be called, or it or an argument
                 cannot be sent to another process.
 
@@ -164,7 +170,7 @@ def spawn(
         What ``fn`` returned, by local rank.
 
     Raises:
-        ConfigError, BackendUnavailable, WorkerFailed: as :class:`Parallel` and :meth:`Parallel.run`.
+        ConfigError, BackendUnavailable, LaunchError, WorkerFailed: as :class:`Parallel` and :meth:`Parallel.run`.
     """
     worker.refuse_unguarded_main()
     if not isinstance(args, (tuple, list)):

@@ -10,6 +10,7 @@ import pytest
 
 import idist
 from idist import environments, launchers
+from idist.backends.c10d import C10d
 from idist.environments import Detection
 from idist.topology import Topology
 
@@ -81,6 +82,24 @@ def test_wrong_argument(arguments: dict[str, Any], says: str) -> None:
 def test_wrong_argument_without_processes(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(idist.ConfigError, match=says):
         idist.Parallel(**{"backend": "gloo", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"nnodes": 2}, "nnodes=2 cannot be used with backend 'gloo', whose processes mpiexec starts and places"),
+        ({"nnodes": 1, "node_rank": 1}, "node_rank=1 cannot be used"),
+        ({"master_addr": "a"}, "master_addr='a' cannot be used"),
+        ({"master_port": 1}, "master_port=1 cannot be used"),
+        ({"init_method": "env://"}, "init_method='env://' cannot be used"),
+        ({"start_method": "fork"}, "start_method='fork' cannot be used.*start the script with mpiexec"),
+    ],
+)
+def test_what_mpiexec_decides(monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], says: str) -> None:
+    monkeypatch.setattr(C10d, "launcher", "mpiexec")
+    with pytest.raises(idist.ConfigError, match=says):
+        idist.Parallel("gloo", nproc_per_node=2, **arguments)
+    assert plan(nnodes=1, node_rank=0).serves_here
 
 
 def test_a_backend_that_cannot_be_used_here() -> None:

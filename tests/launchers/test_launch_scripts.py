@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from scripts import Script, all_end
 
 HEAD = """
 import os, signal, sys, time
@@ -30,42 +29,6 @@ if __name__ == "__main__":
 """
 
 
-class Script:
-    """A script that runs, in a process group of its own as a terminal would have it."""
-
-    def __init__(self, folder: Path, source: str, *command: str) -> None:
-        self.folder = folder
-        path = folder / "script.py"
-        path.write_text(f"FOLDER = {str(folder)!r}\n{source}")
-        with path.open() as itself:
-            self.process = subprocess.Popen(
-                [sys.executable, *(command or (str(path),))],
-                cwd=folder,
-                stdin=itself,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-
-    def workers(self, count: int = 3) -> list[int]:
-        """The processes, when all of them are in the function."""
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and self.process.poll() is None:
-            said = [path.read_text() for path in self.folder.glob("[0-9]")]
-            if len(said) == count and all(said):
-                return [int(pid) for pid in said]
-            time.sleep(0.02)
-        raise AssertionError(f"the workers did not come: {self.finish()}")
-
-    def finish(self, seconds: float = 30) -> tuple[int, str, str]:
-        try:
-            out, err = self.process.communicate(timeout=seconds)
-        finally:
-            self.process.kill()
-        return self.process.returncode, out, err
-
-
 Start = Callable[..., Script]
 
 
@@ -79,18 +42,7 @@ def script(tmp_path: Path) -> Iterator[Start]:
 
     yield start
     for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-        one.process.communicate()
-
-
-def all_end(pids: list[int], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+        one.end()
 
 
 SLEEPS = HEAD + "def fn(local_rank):\n    here(local_rank)\n    time.sleep(60)\n" + MAIN

@@ -102,13 +102,23 @@ def plan(
         )
     nproc_per_node = _integer("nproc_per_node", nproc_per_node, at_least=1)
     refuse_second_launch(nproc_per_node, env)
+    found = backends.create(backend)
+    if found.launcher != Backend.launcher:
+        _refuse_placing(
+            found,
+            nnodes=None if nnodes == 1 else nnodes,
+            node_rank=None if node_rank == 0 else node_rank,
+            master_addr=master_addr,
+            master_port=master_port,
+            init_method=init_method,
+            start_method=start_method,
+        )
     nnodes, node_rank = _nodes(nnodes, node_rank)
     address = _meeting_point(nnodes, master_addr, master_port, init_method, env)
     if start_method is not None and start_method not in START_METHODS:
         raise ConfigError(f"start_method {start_method!r} is unknown; expected one of {', '.join(START_METHODS)}")
     if join is not True:
         raise ConfigError("join=False is not supported: run returns what the function returned; call it in a thread")
-    found = backends.create(backend)
     _refuse_unknown(options, found)
     given = {"timeout": seconds(timeout), "device": as_device(device), **options, **address.options}
     return Job(
@@ -137,6 +147,17 @@ def refuse_second_launch(nproc_per_node: int, env: Mapping[str, str]) -> None:
             f"{topology.world_size} x {nproc_per_node}. Leave nproc_per_node out to use those of the launcher, "
             "or run the script with plain python."
         )
+
+
+def _refuse_placing(backend: Backend, **placing: object) -> None:
+    """A program that starts the processes decides where they run and how they meet."""
+    for name, value in placing.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}={value!r} cannot be used with backend {backend.name!r}, whose processes {backend.launcher} "
+                f"starts and places, here all of them on this node. To place them yourself, for example on several "
+                f"nodes, start the script with {backend.launcher} and leave nproc_per_node out."
+            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

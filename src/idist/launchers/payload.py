@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -29,18 +30,28 @@ class Payload:
     stepped by each of them, and one with 250 tensors would need more descriptors than a fork
     server can pass.
 
+    Args:
+        otherwise: what else one can do about parts that cannot be pickled.
+
     Attributes:
         pickled: what to send to the process that was started last, when it asks for it.
     """
 
     def __init__(
-        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+        self,
+        fn: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        *,
+        otherwise: str = "",
     ) -> None:
         self.fn = fn
         self.args = tuple(args)
         self.kwargs = dict(kwargs)
         self.options = dict(options)
         self.pickled = b""
+        self._otherwise = otherwise
 
     def open(self, pipe: Connection) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], dict[str, Any]]:
         """The function, its arguments, and the options of ``runtime.start``."""
@@ -59,13 +70,29 @@ class Payload:
         if not _can_dump(self.fn):
             return (
                 f"the function {getattr(self.fn, '__qualname__', self.fn)} cannot be sent to another process. "
-                "Define it at the top level of a module (no lambda, no function inside a function)"
+                f"Define it at the top level of a module (no lambda, no function inside a function){self._otherwise}"
             )
         parts = [(f"argument {index}", value) for index, value in enumerate(self.args)]
         parts += [(f"argument {name!r}", value) for name, value in self.kwargs.items()]
         parts += [(f"option {name!r}", value) for name, value in self.options.items()]
         named = [f"{name}, a {type(value).__name__}," for name, value in parts if not _can_dump(value)]
-        return f"{' and '.join(named) or 'the arguments'} cannot be sent to another process. Make it in the function"
+        blamed = " and ".join(named) or "the arguments"
+        return f"{blamed} cannot be sent to another process. Make it in the function{self._otherwise}"
+
+
+def is_only_here(fn: Callable[..., Any]) -> bool:
+    """Whether ``fn`` was typed where no other process can import it.
+
+    That is a notebook, an interactive session, ``-c``, standard input or a ``__main__.py``.
+    """
+    fn = getattr(fn, "func", fn)  # of a functools.partial
+    if getattr(fn, "__module__", None) != "__main__":
+        return False
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return f".{spec.name}".endswith(".__main__")
+    return not os.path.isfile(getattr(main, "__file__", ""))
 
 
 class Expected:
@@ -87,7 +114,7 @@ class Streams:
         self._descriptors = descriptors
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Streams, (tuple(reduction.DupFd(number) if _is_open(number) else None for number in _STREAMS),)
+        return Streams, (tuple(reduction.DupFd(number) if is_open(number) else None for number in _STREAMS),)
 
     def adopt(self) -> None:
         """Make them the standard streams of this process."""
@@ -121,7 +148,7 @@ def _dump(value: object, blame: Callable[[], str]) -> bytes:
     try:
         _ByValue(file).dump(value)
     except Exception as error:  # whatever a __reduce__ of the user raises
-        raise ConfigError(f"{blame()}, or pass start_method='fork': {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{blame()}: {type(error).__name__}: {error}") from error
     return file.getvalue()
 
 
@@ -133,7 +160,8 @@ def _can_dump(value: object) -> bool:
     return True
 
 
-def _is_open(descriptor: int) -> bool:
+def is_open(descriptor: int) -> bool:
+    """Whether this process has a descriptor of this number."""
     try:
         os.fstat(descriptor)
     except OSError:

@@ -78,7 +78,8 @@ class Assignment:
     """What a worker is to be.
 
     Attributes:
-        variables: its whole environment.
+        environment: of this process; ``None``: that which it has.
+        variables: what is added to it.
         threads: with how many it computes.
         start_method: that :mod:`multiprocessing` has by default in the process that started us.
         streams: its standard output and error, where it has not inherited them.
@@ -87,6 +88,7 @@ class Assignment:
 
     backend: str
     topology: Topology
+    environment: Mapping[str, str] | None
     variables: Mapping[str, str]
     threads: int
     start_method: str | None
@@ -176,8 +178,10 @@ def _settle_in(assignment: Assignment) -> None:
     """Make this process what a fresh one would be: the fork server may have been started long ago."""
     if assignment.streams is not None:
         assignment.streams.adopt()
-    for name in set(os.environ) - set(assignment.variables):
-        del os.environ[name]
+    if assignment.environment is not None:
+        for name in set(os.environ) - set(assignment.environment):
+            del os.environ[name]
+        os.environ.update(assignment.environment)
     os.environ.update(assignment.variables)
     # A DataLoader in a worker starts its processes as it would in a process of any other launcher.
     multiprocessing.set_start_method(assignment.start_method, force=True)

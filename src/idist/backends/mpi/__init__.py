@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 class Mpi(C10d):
     """A torch process group whose every operation is one of MPI, between processes that mpiexec has started."""
+
+    launcher: ClassVar[str] = "mpiexec"
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,8 @@ from idist.errors import ConfigError
 
 LARGEST_COUNT = 2**31 - 1
 """What every MPI takes as a count; MPICH takes more, Open MPI does not."""
+
+_PIECE_BYTES = 1 << 21
 
 Op = dist.ReduceOp
 
@@ -95,9 +97,10 @@ def elements(tensor: Tensor, blocks: int = 1) -> list[Any]:
     return [memory(tensor), tensor.numel() // blocks, kind]
 
 
-def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """A 1-d tensor in parts that can be counted."""
-    return iter(tensor.split(LARGEST_COUNT)) if tensor.numel() > LARGEST_COUNT else iter((tensor,))
+def pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """A 1-d tensor in parts that are reduced one after the other: they stay in the cache."""
+    parts: Sequence[Tensor] = tensor.split(_PIECE_BYTES // tensor.element_size())
+    return parts
 
 
 def reduction(op: Any, dtype: torch.dtype) -> Any:

@@ -6,9 +6,12 @@ works on it: DDP, FSDP2, DeviceMesh, functional collectives, checkpoints, object
 
 from __future__ import annotations
 
+import threading
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -20,7 +23,7 @@ from torch import Tensor
 from idist.backends.mpi import datatypes
 from idist.backends.mpi.datatypes import LARGEST_COUNT, elements, message
 from idist.backends.mpi.library import departures
-from idist.backends.mpi.work import MpiWork, Watch
+from idist.backends.mpi.work import MpiWork, Together, Watch
 from idist.errors import ConfigError
 
 NAME = "mpi4py"
@@ -43,6 +46,8 @@ class MpiGroup(dist.ProcessGroup):
         self._comm = comm
         self._name = name
         self._watch = Watch(ranks, timeout, departures(MPI))
+        self._order = threading.Lock()
+        self._latest: Callable[[], MpiWork | None] = lambda: None
         self._last_tag = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
 
     # What torch asks a group for
@@ -77,46 +82,46 @@ class MpiGroup(dist.ProcessGroup):
         op = _op_of(opts)
         staged = [_flat(tensor) for tensor in tensors]
         calls = [
-            self._comm.Iallreduce(MPI.IN_PLACE, elements(piece), datatypes.reduction(op, piece.dtype))
+            partial(self._comm.Iallreduce, MPI.IN_PLACE, elements(piece), datatypes.reduction(op, piece.dtype))
             for flat in staged
             for piece in datatypes.pieces(flat)
         ]
-        return self._work("all_reduce", calls, tensors, _landing(tensors, staged, self._averaging(op, staged)), staged)
+        landing = _landing(tensors, staged, self._averaging(op, staged))
+        return self._collective("all_reduce", calls, tensors, landing, staged)
 
     allreduce_coalesced = allreduce
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> MpiWork:
         op, root, [tensor] = _op_of(opts), opts.rootRank, tensors
         flat = _flat(tensor)
-        calls = [self._reduce_to(root, flat, piece, op) for piece in datatypes.pieces(flat)]
+        calls = [self._reduce_to(root, piece, op) for piece in datatypes.pieces(flat)]
         staged = [flat] if self.rank() == root else []
-        return self._work("reduce", calls, tensors, _landing(tensors, staged, self._averaging(op, staged)), flat)
+        landing = _landing(tensors, staged, self._averaging(op, staged))
+        return self._collective("reduce", calls, tensors, landing, flat)
 
-    def _reduce_to(self, root: int, into: Tensor, piece: Tensor, op: Any) -> Any:
+    def _reduce_to(self, root: int, piece: Tensor, op: Any) -> Callable[[], Any]:
         """Reduce ``piece`` on the root, in place there."""
-        operation = datatypes.reduction(op, piece.dtype)
-        if self.rank() == root:
-            return self._comm.Ireduce(MPI.IN_PLACE, elements(piece), operation, root)
-        return self._comm.Ireduce(elements(piece), None, operation, root)
+        given = elements(piece)
+        sent, received = (MPI.IN_PLACE, given) if self.rank() == root else (given, None)
+        return partial(self._comm.Ireduce, sent, received, datatypes.reduction(op, piece.dtype), root)
 
     def reduce_scatter_single(self, output: Tensor, given: Tensor, opts: Any = None) -> MpiWork:
         op, out, flat = _op_of(opts), _flat(output, fill=False), _flat(given)
-        if out.numel() <= LARGEST_COUNT:
-            operation = datatypes.reduction(op, flat.dtype)
-            calls = [self._comm.Ireduce_scatter_block(elements(flat, self.size()), elements(out), operation)]
-            keep: Any = flat
-        else:  # more than one call can count: the part of each rank on its own
-            keep = flat.clone()
-            rows = list(enumerate(keep.chunk(self.size())))
-            calls = [self._reduce_to(rank, row, piece, op) for rank, row in rows for piece in datatypes.pieces(row)]
+        flat = _apart(flat, out)
+        _check_size("reduce_scatter", flat.numel(), out.numel() * self.size())
         average = self._averaging(op, [out])
+        if out.numel() <= LARGEST_COUNT:
+            blocks = elements(flat, self.size()), elements(out)
+            call = partial(self._comm.Ireduce_scatter_block, *blocks, datatypes.reduction(op, flat.dtype))
+            return self._collective("reduce_scatter", [call], [output], _landing([output], [out], average), (out, flat))
+        rows = flat.clone().chunk(self.size())  # more than one call can count: the part of each rank on its own
+        calls = [self._reduce_to(rank, piece, op) for rank, row in enumerate(rows) for piece in datatypes.pieces(row)]
 
         def finish() -> None:
-            if out.numel() > LARGEST_COUNT:
-                out.copy_(keep.chunk(self.size())[self.rank()])
+            out.copy_(rows[self.rank()])
             average()
 
-        return self._work("reduce_scatter", calls, [output], _landing([output], [out], finish), (out, flat, keep))
+        return self._collective("reduce_scatter", calls, [output], _landing([output], [out], finish), (out, rows))
 
     def reduce_scatter(self, outputs: list[Tensor], given: list[list[Tensor]], opts: Any = None) -> MpiWork:
         [output], [parts] = outputs, given
@@ -124,7 +129,7 @@ class MpiGroup(dist.ProcessGroup):
 
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], given: list[Tensor], opts: Any = None) -> MpiWork:
         pairs = zip(outputs, given, strict=True)
-        return MpiWork.of([self.reduce_scatter_single(out, tensor, opts) for out, tensor in pairs], outputs)
+        return self._together([self.reduce_scatter_single(out, tensor, opts) for out, tensor in pairs], outputs)
 
     # Movements
 
@@ -132,56 +137,60 @@ class MpiGroup(dist.ProcessGroup):
         [tensor] = tensors
         flat = _flat(tensor)
         root = opts.rootRank + opts.rootTensor
-        calls = [self._comm.Ibcast(message(flat), root)]
-        return self._work("broadcast", calls, tensors, _landing(tensors, [flat]), flat)
+        calls = [partial(self._comm.Ibcast, message(flat), root)]
+        return self._collective("broadcast", calls, tensors, _landing(tensors, [flat]), flat)
 
     def all_gather_single(self, output: Tensor, given: Tensor, opts: Any = None) -> MpiWork:
         out, flat = _flat(output, fill=False), _flat(given)
         _check_size("all_gather", out.numel(), flat.numel() * self.size())
-        calls = [self._comm.Iallgather(message(flat), message(out, self.size()))]
-        return self._work("all_gather", calls, [output], _landing([output], [out]), (out, flat))
+        flat = _apart(flat, out)  # FSDP gathers into what it gathers from
+        calls = [partial(self._comm.Iallgather, message(flat), message(out, self.size()))]
+        return self._collective("all_gather", calls, [output], _landing([output], [out]), (out, flat))
 
     def allgather(self, outputs: list[list[Tensor]], given: list[Tensor], opts: Any = None) -> MpiWork:
         [parts], [tensor] = outputs, given
         flat = _flat(tensor)
         gathered = flat.new_empty(flat.numel() * self.size())
-        calls = [self._comm.Iallgather(message(flat), message(gathered, self.size()))]
-        return self._work("all_gather", calls, outputs, lambda: _deal(gathered, parts), (gathered, flat))
+        calls = [partial(self._comm.Iallgather, message(flat), message(gathered, self.size()))]
+        return self._collective("all_gather", calls, outputs, lambda: _deal(gathered, parts), (gathered, flat))
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], given: list[Tensor], opts: Any = None) -> MpiWork:
         by_tensor = zip(*outputs, strict=True) if len(outputs) == self.size() != len(given) else outputs
         pairs = zip(by_tensor, given, strict=True)
-        return MpiWork.of([self.allgather([list(parts)], [tensor]) for parts, tensor in pairs], outputs)
+        return self._together([self.allgather([list(parts)], [tensor]) for parts, tensor in pairs], outputs)
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], given: list[Tensor], opts: Any = None) -> MpiWork:
         pairs = zip(outputs, given, strict=True)
-        return MpiWork.of([self.all_gather_single(out, tensor) for out, tensor in pairs], outputs)
+        return self._together([self.all_gather_single(out, tensor) for out, tensor in pairs], outputs)
 
     def gather(self, outputs: list[list[Tensor]], given: list[Tensor], opts: Any) -> MpiWork:
         [tensor], root = given, opts.rootRank
         flat = _flat(tensor)
         if self.rank() != root:
-            return self._work("gather", [self._comm.Igather(message(flat), None, root)], [], None, flat)
+            return self._collective("gather", [partial(self._comm.Igather, message(flat), None, root)], [], None, flat)
         gathered = flat.new_empty(flat.numel() * self.size())
-        calls = [self._comm.Igather(message(flat), message(gathered, self.size()), root)]
-        return self._work("gather", calls, outputs, lambda: _deal(gathered, outputs[0]), (gathered, flat))
+        calls = [partial(self._comm.Igather, message(flat), message(gathered, self.size()), root)]
+        return self._collective("gather", calls, outputs, lambda: _deal(gathered, outputs[0]), (gathered, flat))
 
     def scatter(self, outputs: list[Tensor], given: list[list[Tensor]], opts: Any) -> MpiWork:
         [output], root = outputs, opts.rootRank
         out = _flat(output, fill=False)
         parts = _joined(given[0]) if self.rank() == root else None
         sent = None if parts is None else message(parts, self.size())
-        calls = [self._comm.Iscatter(sent, message(out), root)]
-        return self._work("scatter", calls, outputs, _landing(outputs, [out]), (out, parts))
+        calls = [partial(self._comm.Iscatter, sent, message(out), root)]
+        return self._collective("scatter", calls, outputs, _landing(outputs, [out]), (out, parts))
 
     def all_to_all_single(
         self, output: Tensor, given: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
     ) -> MpiWork:
         out, flat = _flat(output, fill=False), _flat(given)
+        flat = _apart(flat, out)
         received = self._shares("output", output, output_splits)
         sent = self._shares("input", given, input_splits)
         calls = self._exchange(out, received, flat, sent)
-        return self._work("all_to_all", calls, [output], _landing([output], [out]), (out, flat))
+        work = self._collective("all_to_all", calls, [output], _landing([output], [out]), (out, flat))
+        work.start_all()
+        return work
 
     def alltoall(self, outputs: list[Tensor], given: list[Tensor], opts: Any = None) -> MpiWork:
         flat = _joined(given)
@@ -189,7 +198,9 @@ class MpiGroup(dist.ProcessGroup):
         width = flat.element_size()
         received, sent = ([tensor.numel() * width for tensor in tensors] for tensors in (outputs, given))
         calls = self._exchange(out, received, flat, sent)
-        return self._work("all_to_all", calls, outputs, lambda: _deal(out, outputs), (out, flat))
+        work = self._collective("all_to_all", calls, outputs, lambda: _deal(out, outputs), (out, flat))
+        work.start_all()
+        return work
 
     def _shares(self, which: str, tensor: Tensor, splits: Sequence[int]) -> list[int]:
         """The bytes for each rank, of a tensor that is split along its first dimension."""
@@ -207,31 +218,35 @@ class MpiGroup(dist.ProcessGroup):
         ends = max(sum(received), sum(sent))
         if ends <= LARGEST_COUNT:
             told = [datatypes.memory(given), sent, _starts(sent), MPI.BYTE]
-            return [self._comm.Ialltoallv(told, [datatypes.memory(out), received, _starts(received), MPI.BYTE])]
+            return [
+                partial(self._comm.Ialltoallv, told, [datatypes.memory(out), received, _starts(received), MPI.BYTE])
+            ]
         # More than MPI can count: message by message, with a tag that users cannot have.
         into, of = (tensor.view(torch.uint8) for tensor in (out, given))
         tag = self._last_tag
-        takes = [self._comm.Irecv(message(part), rank, tag) for rank, part in enumerate(into.split(received))]
-        return takes + [self._comm.Isend(message(part), rank, tag) for rank, part in enumerate(of.split(sent))]
+        takes = [partial(self._comm.Irecv, message(part), rank, tag) for rank, part in enumerate(into.split(received))]
+        return takes + [partial(self._comm.Isend, message(part), rank, tag) for rank, part in enumerate(of.split(sent))]
 
     # Point to point
 
     def send(self, tensors: list[Tensor], dst: int, tag: int = 0) -> MpiWork:
         [tensor] = tensors
         flat = _flat(tensor)
-        return self._work("send", [self._comm.Isend(message(flat), dst, self._checked(tag))], tensors, None, flat)
+        return self._work(
+            "send", [partial(self._comm.Isend, message(flat), dst, self._checked(tag))], tensors, None, flat
+        )
 
     def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> MpiWork:
         [tensor] = tensors
         flat = _flat(tensor)  # a shorter message leaves the rest as it is
-        request = self._comm.Irecv(message(flat), src, self._checked(tag))
-        return self._work("recv", [request], tensors, _landing(tensors, [flat]), flat)
+        call = partial(self._comm.Irecv, message(flat), src, self._checked(tag))
+        return self._work("recv", [call], tensors, _landing(tensors, [flat]), flat)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> MpiWork:
         [tensor] = tensors
         flat = _flat(tensor)
-        request = self._comm.Irecv(message(flat), MPI.ANY_SOURCE, self._checked(tag))
-        return self._work("recv", [request], tensors, _landing(tensors, [flat]), flat, [MPI.Status()])
+        call = partial(self._comm.Irecv, message(flat), MPI.ANY_SOURCE, self._checked(tag))
+        return self._work("recv", [call], tensors, _landing(tensors, [flat]), flat, [MPI.Status()])
 
     def _checked(self, tag: int) -> int:
         if not 0 <= tag < self._last_tag:
@@ -241,18 +256,38 @@ class MpiGroup(dist.ProcessGroup):
     # The rest
 
     def barrier(self, opts: Any = None) -> MpiWork:
-        return self._work("barrier", [self._comm.Ibarrier()], [])
+        return self._collective("barrier", [self._comm.Ibarrier], [])
+
+    def _collective(
+        self,
+        what: str,
+        calls: Sequence[Callable[[], Any]],
+        tensors: Any,
+        finish: Callable[[], Any] | None = None,
+        keep: Any = None,
+    ) -> MpiWork:
+        """All ranks make the calls of a communicator in one order: those of an operation before those of the next."""
+        with self._order:
+            before = self._latest()
+            if before is not None:
+                before.start_all()
+            work = self._work(what, calls, tensors, finish, keep)
+            self._latest = weakref.ref(work)
+        return work
 
     def _work(
         self,
         what: str,
-        requests: list[Any],
+        calls: Sequence[Callable[[], Any]],
         tensors: Any,
         finish: Callable[[], Any] | None = None,
         keep: Any = None,
         statuses: Sequence[Any] | None = None,
     ) -> MpiWork:
-        return MpiWork(self._watch, what, requests, tensors, finish=finish, keep=keep, statuses=statuses)
+        return MpiWork(self._watch, what, calls, tensors, finish=finish, keep=keep, statuses=statuses)
+
+    def _together(self, works: Sequence[MpiWork], tensors: Any) -> MpiWork:
+        return Together(self._watch, f"one of {len(works)} operations", works, tensors)
 
     def _averaging(self, op: Any, tensors: Sequence[Tensor]) -> Callable[[], None]:
         def divide() -> None:
@@ -289,6 +324,12 @@ def _flat(tensor: Tensor, *, fill: bool = True) -> Tensor:
     if plain.is_contiguous() and not (plain.is_conj() or plain.is_neg()):
         return plain.view(-1)
     return plain.reshape(-1).resolve_conj().resolve_neg().contiguous() if fill else _room(plain)
+
+
+def _apart(flat: Tensor, out: Tensor) -> Tensor:
+    """The input, or a copy where the output overlaps it: MPI refuses those."""
+    starts, ends = zip(*((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (flat, out)), strict=True)
+    return flat.clone() if max(starts) < min(ends) else flat
 
 
 def _room(tensor: Tensor) -> Tensor:

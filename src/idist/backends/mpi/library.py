@@ -40,13 +40,13 @@ _LAUNCHERS = {"Open MPI": "OMPI_COMM_WORLD_SIZE", "MPICH": "PMI_SIZE"}
 
 @cache
 def probe() -> tuple[str, str]:
-    """The first line of the library's version, or nothing and why there is none.
+    """The library's name and version, or nothing and why there is none.
 
     Asked in another process, unless mpi4py is in use here: to load it here would start MPI, or keep
     the user's own import from doing so.
     """
     if "mpi4py.MPI" in sys.modules:
-        return sys.modules["mpi4py.MPI"].Get_library_version().partition("\n")[0], ""
+        return _name(sys.modules["mpi4py.MPI"].Get_library_version()), ""
     if importlib.util.find_spec("mpi4py") is None:
         return "", "mpi4py is not installed"
     command = [sys.executable, "-c", _PROBE]
@@ -56,7 +56,12 @@ def probe() -> tuple[str, str]:
         return "", f"mpi4py could not be loaded in {_PROBE_S} s"
     if told.returncode:
         return "", f"mpi4py finds no MPI library: {(told.stderr.strip().splitlines() or ['it says nothing'])[-1]}"
-    return told.stdout.partition("\n")[0].strip(), ""
+    return _name(told.stdout), ""
+
+
+def _name(version: str) -> str:
+    """``Open MPI v5.0.11`` or ``MPICH Version: 5.0.2``, without all that they were built with."""
+    return " ".join(version.partition("\n")[0].partition(",")[0].split())
 
 
 def load(topology: Topology, env: Mapping[str, str]) -> Any:
@@ -144,6 +149,7 @@ class _Abort:
 
     def __init__(self, mpi: Any) -> None:
         self._mpi = mpi
+        self._process = os.getpid()
         self._show = sys.excepthook
 
     def __call__(self, kind: type[BaseException], error: BaseException, frames: TracebackType | None, /) -> None:
@@ -155,7 +161,7 @@ class _Abort:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        if self._mpi.COMM_WORLD.Get_size() > 1:
+        if os.getpid() == self._process and self._mpi.COMM_WORLD.Get_size() > 1:
             time.sleep(_SHOWING_S)
             self._mpi.COMM_WORLD.Abort(1)
 
@@ -182,6 +188,7 @@ class Departures:
     def __init__(self, mpi: Any, control: Any) -> None:
         self._mpi = mpi
         self._control = control
+        self._process = os.getpid()
         self._gone: dict[int, float] = {}
 
     def noticed(self) -> Mapping[int, float]:
@@ -194,6 +201,8 @@ class Departures:
 
     def leave(self) -> None:
         """Wait until all ranks come here. Those that come late are told that this one has come."""
+        if os.getpid() != self._process:  # a forked process, which MPI knows nothing of
+            return
         all_left = self._control.Ibarrier()
         if not self._settled(all_left.Test, time.monotonic() + _GRACE_S):
             others = [rank for rank in range(self._control.Get_size()) if rank != self._control.Get_rank()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
-from typing_extensions import Self
 
 from idist.backends.mpi.library import Departures
 
@@ -22,8 +22,9 @@ _LOOK_S = 0.25
 _CONFIRM_S = 1.5
 _IDLE_S = 0.0005
 _yield = getattr(os, "sched_yield", lambda: time.sleep(0))
-_never_done: list[Any] = []
-"""What MPI may still write into, of operations that were given up."""
+_MANY = 64
+_under_way: set[MpiWork] = set()
+"""What has not ended, whether or not anybody waits for it: MPI reads from its tensors and writes into them."""
 
 
 class Watch:
@@ -58,11 +59,11 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 class MpiWork(dist.Work):
-    """One operation, of one or more requests.
+    """One operation, of one or more calls.
 
     Args:
         what: the operation, for messages.
-        requests: of MPI, of which none may fail to be completed.
+        calls: nonblocking ones of MPI that give a request, each made when those before it have ended.
         tensors: what the operation gives.
         finish: called once when it has ended, before anybody sees the tensors.
         keep: what MPI reads from and writes into.
@@ -73,7 +74,7 @@ class MpiWork(dist.Work):
         self,
         watch: Watch,
         what: str,
-        requests: Sequence[Any],
+        calls: Sequence[Callable[[], Any]],
         tensors: Any,
         *,
         finish: Callable[[], Any] | None = None,
@@ -83,7 +84,8 @@ class MpiWork(dist.Work):
         super().__init__()
         self._watch = watch
         self._what = what
-        self._requests = list(requests)
+        self._calls = deque(calls)
+        self._requests = [self._calls.popleft()()] if self._calls else []
         self._tensors = tensors
         self._finish = finish
         self._keep = keep
@@ -93,19 +95,16 @@ class MpiWork(dist.Work):
         self._error: Exception | None = None
         self._future: Any = None
         self._lock = threading.Lock()
+        _under_way.add(self)
+        if len(_under_way) > _MANY:
+            for work in list(_under_way):
+                work.advance()
 
-    @classmethod
-    def of(cls, works: Sequence[Self], tensors: Any) -> Self:
-        """Several operations of one group as one; of them, only the requests are used any more."""
-        first = works[0]
-
-        def finish() -> None:
-            for work in works:
-                if work._finish is not None:
-                    work._finish()
-
-        requests = [request for work in works for request in work._requests]
-        return cls(first._watch, first._what, requests, tensors, finish=finish, keep=works)
+    def start_all(self) -> None:
+        """Make all calls now: the next operation of the group must not come before one of them."""
+        with self._lock:
+            while self._calls and self._error is None:
+                self._requests.append(self._calls.popleft()())
 
     def advance(self) -> bool:
         """Let MPI work, and tell whether the operation has ended, well or not."""
@@ -114,14 +113,22 @@ class MpiWork(dist.Work):
         with self._lock:
             if not self._done:
                 try:
-                    if not MPI.Request.Testall(self._requests, self._statuses):
+                    if not self._has_ended():
                         return False
                     if self._finish is not None:
                         self._finish()
                 except Exception as error:  # MPI's own, or of a reduction
                     self._error = RuntimeError(f"{self._what} failed: {error}")
                 self._done = True
+                _under_way.discard(self)
         return True
+
+    def _has_ended(self) -> bool:
+        while MPI.Request.Testall(self._requests, self._statuses):
+            if not self._calls:
+                return True
+            self._requests = [self._calls.popleft()()]
+        return False
 
     def look(self) -> bool:
         """As :meth:`advance`, and give up if there is reason to."""
@@ -130,8 +137,7 @@ class MpiWork(dist.Work):
         problem = self._watch.problem(self._what, self._begun)
         if problem is not None:
             with self._lock:
-                if not self._done:
-                    _never_done.append((self._requests, self._keep, self._tensors))
+                if not self._done:  # MPI may still write into its tensors, so it stays among those under way
                     self._error, self._done = RuntimeError(problem), True
         return self._done
 
@@ -204,6 +210,25 @@ class MpiWork(dist.Work):
             self._future.set_exception(self._error)
         else:
             self._future.set_result(self._tensors)
+
+
+class Together(MpiWork):
+    """Several operations as one, which ends when all have."""
+
+    def __init__(self, watch: Watch, what: str, works: Sequence[MpiWork], tensors: Any) -> None:
+        self._works = works
+        super().__init__(watch, what, [], tensors)
+
+    def start_all(self) -> None:
+        for work in self._works:
+            work.start_all()
+
+    def _has_ended(self) -> bool:
+        for work in self._works:
+            if not work.advance():
+                return False
+            work.wait()  # raises, if it failed
+        return True
 
 
 class Progress:
