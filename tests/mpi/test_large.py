@@ -30,15 +30,20 @@ CASES = {
         [[1, 3, 5, 3]] * 2,
     ),
     "all_gather": (
-        "out = torch.empty(2 * MANY, dtype=torch.uint8)\ndist.all_gather_single(out, marked(MANY))\n"
-        "said = marks(out[:MANY]) + marks(out[MANY:])",
+        """
+out = torch.empty(2 * MANY, dtype=torch.uint8)
+dist.all_gather_single(out, marked(MANY))
+said = marks(out[:MANY]) + marks(out[MANY:])
+""",
         [[1, 3, 5, 3, 2, 4, 6, 3]] * 2,
     ),
     "all_to_all": (
-        "given = marked(MANY) if rank == 0 else torch.empty(0, dtype=torch.uint8)\n"
-        "out = torch.empty(MANY if rank == 1 else 0, dtype=torch.uint8)\n"
-        "dist.all_to_all_single(out, given, [MANY, 0] if rank else [0, 0], [0, 0] if rank else [0, MANY])\n"
-        "said = marks(out) if rank else out.numel()",
+        """
+given = marked(MANY) if rank == 0 else torch.empty(0, dtype=torch.uint8)
+out = torch.empty(MANY if rank == 1 else 0, dtype=torch.uint8)
+dist.all_to_all_single(out, given, [MANY, 0] if rank else [0, 0], [0, 0] if rank else [0, MANY])
+said = marks(out) if rank else out.numel()
+""",
         [0, [1, 3, 5, 3]],
     ),
 }
