@@ -193,7 +193,7 @@ def _trains(rank: int) -> dict[str, Any]:
     """Several ways to train, on each rank with data of its own; the weights after it, on all ranks."""
     idist.initialize("gloo", rank=rank, world_size=2, timeout=20)
     seen = {}
-    for way in (plain, autocast, scaled, compiled):
+    for way in (plain, autocast, scaled, compiled, patched):
         torch.manual_seed(rank)
         weights = way(torch.randn(8, 3))
         seen[way.__name__] = idist.all_gather(weights).view(2, -1).tolist()
@@ -260,18 +260,46 @@ def compiled(data: torch.Tensor) -> torch.Tensor:
     return _flat(model)
 
 
+def patched(data: torch.Tensor) -> torch.Tensor:
+    """As apex's amp leaves them: ``forward`` and ``step`` replaced on the objects, and a stash beside ``step``.
+
+    apex itself is in no package index and wants a CUDA device.
+    """
+    bare = Net()
+    bare_optimizer = torch.optim.SGD(bare.parameters(), lr=0.1)
+    forward, step, calls = bare.forward, bare_optimizer.step, {"forward": 0, "step": 0}
+
+    def counted_forward(x: torch.Tensor) -> torch.Tensor:
+        calls["forward"] += 1
+        return forward(x.float())
+
+    def counted_step(closure: Any = None) -> Any:
+        calls["step"] += 1
+        return step(closure)
+
+    bare.forward = counted_forward  # type: ignore[method-assign]
+    bare_optimizer.step = counted_step  # type: ignore[method-assign]
+    bare_optimizer._amp_stash = calls  # type: ignore[attr-defined]
+    model, optimizer = idist.auto_model(bare), idist.auto_optim(bare_optimizer)
+    assert optimizer._amp_stash is calls  # type: ignore[attr-defined]
+    for _ in range(3):
+        _step(model, optimizer, model(data.double()).square().mean())
+    assert calls == {"forward": 3, "step": 3}
+    return _flat(model)
+
+
 def test_the_ranks_train_one_model() -> None:
     port = free_port()
     first, second = run_ranks(_trains, 2, env=lambda rank: address(port), timeout=60)
     assert first == second
     start = torch.nn.utils.parameters_to_vector(_seeded(0).parameters())
-    for way in ("plain", "autocast", "scaled", "compiled"):
+    for way in ("plain", "autocast", "scaled", "compiled", "patched"):
         mine, others = map(torch.tensor, first[way])
         assert torch.equal(mine, others), way
         trained = mine[: len(start)]
         assert not torch.allclose(trained, start, atol=1e-4), f"{way} has not trained"
         assert torch.allclose(trained, torch.tensor(first["plain"][0])[: len(start)], atol=2e-2), way
-    assert first["plain"] == first["compiled"]
+    assert first["plain"] == first["compiled"] == first["patched"]
     assert first["frozen"] == "Net"
 
 
