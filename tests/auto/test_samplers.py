@@ -1,6 +1,8 @@
 """The samplers: each item once over the ranks, in an order that (seed, epoch) alone decides."""
 
+import itertools
 import random
+import resource
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -18,7 +20,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from idist.auto.samplers import DistributedProxySampler, ShardSampler
+from idist.auto import samplers
+from idist.auto.samplers import DistributedProxySampler, ShardSampler, batches
 from idist.errors import ConfigError, PeerFailed
 from idist.testing import run_threads
 
@@ -72,7 +75,7 @@ class Failing(Sampler[int]):
 def test_each_index_exactly_once(world_size: int, shuffle: bool) -> None:
     """Row 7: evaluation without padding is exact, and the ranks have one index more or less at most."""
     for length in LENGTHS:
-        drawn = shares(ShardSampler, range(length), world_size, shuffle=shuffle, pad=False)
+        drawn = shares(ShardSampler, range(length), world_size, shuffle=shuffle)
         assert sorted(joined(drawn)) == list(range(length))
         assert max(map(len, drawn)) - min(map(len, drawn)) <= 1
 
@@ -82,8 +85,8 @@ def test_each_index_exactly_once(world_size: int, shuffle: bool) -> None:
 def test_equally_many_with_padding_and_with_drop_last(world_size: int, shuffle: bool) -> None:
     """Row 7: padding repeats what the order began with, drop_last leaves out what it ends with."""
     for length in LENGTHS:
-        exact = joined(shares(ShardSampler, range(length), world_size, shuffle=shuffle, pad=False))
-        padded = shares(ShardSampler, range(length), world_size, shuffle=shuffle)
+        exact = joined(shares(ShardSampler, range(length), world_size, shuffle=shuffle))
+        padded = shares(ShardSampler, range(length), world_size, shuffle=shuffle, pad=True)
         dropped = shares(ShardSampler, range(length), world_size, shuffle=shuffle, drop_last=True)
         assert {len(items) for items in padded} == {-(-length // world_size)}
         assert {len(items) for items in dropped} == {length // world_size}
@@ -93,17 +96,16 @@ def test_equally_many_with_padding_and_with_drop_last(world_size: int, shuffle: 
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_default_seed_is_the_order_of_torch(world_size: int, shuffle: bool, drop_last: bool) -> None:
+def test_in_sequence_it_shares_as_torch_does(world_size: int, drop_last: bool) -> None:
     for length in range(1, 24):
-        theirs = shares(DistributedSampler, range(length), world_size, epoch=3, shuffle=shuffle, drop_last=drop_last)
-        ours = shares(ShardSampler, range(length), world_size, epoch=3, shuffle=shuffle, drop_last=drop_last)
+        theirs = shares(DistributedSampler, range(length), world_size, shuffle=False, drop_last=drop_last)
+        ours = shares(ShardSampler, range(length), world_size, drop_last=drop_last, pad=not drop_last)
         assert ours == theirs
 
 
 def test_the_order_is_the_same_on_every_number_of_ranks() -> None:
-    orders = [joined(shares(ShardSampler, range(23), n, shuffle=True, seed=7, pad=False)) for n in WORLD_SIZES]
+    orders = [joined(shares(ShardSampler, range(23), n, shuffle=True, seed=7)) for n in WORLD_SIZES]
     assert orders == [orders[0]] * len(orders)
 
 
@@ -146,8 +148,8 @@ def test_proxy_draws_what_the_sampler_draws_after_manual_seed(sampler: Any, worl
             torch.manual_seed(epoch)
             wanted = list(sampler)
         assert len(wanted) == len(sampler)
-        assert joined(shares(DistributedProxySampler, sampler, world_size, epoch=epoch, pad=False)) == wanted
-        padded = joined(shares(DistributedProxySampler, sampler, world_size, epoch=epoch))
+        assert joined(shares(DistributedProxySampler, sampler, world_size, epoch=epoch)) == wanted
+        padded = joined(shares(DistributedProxySampler, sampler, world_size, epoch=epoch, pad=True))
         assert padded == wanted + wanted[: len(padded) - len(wanted)]
         assert len(padded) - len(wanted) == -len(wanted) % world_size
 
@@ -187,7 +189,7 @@ def test_global_random_state_of_cuda_is_as_it_was() -> None:
 
     torch.cuda.manual_seed(77)
     before = torch.cuda.get_rng_state()
-    drawn = list(DistributedProxySampler(OnCuda(50), 1, 0, pad=False))
+    drawn = list(DistributedProxySampler(OnCuda(50), 1, 0))
     assert torch.equal(torch.cuda.get_rng_state(), before)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -253,7 +255,7 @@ def test_what_a_sampler_yields_is_shared_out_whatever_its_length_says() -> None:
             return 10
 
     for length in (8, 13):
-        drawn = [list(DistributedProxySampler(Promising(length), 3, rank, pad=False)) for rank in range(3)]
+        drawn = [list(DistributedProxySampler(Promising(length), 3, rank)) for rank in range(3)]
         assert sorted(joined(drawn)) == list(range(length))
 
 
@@ -292,6 +294,158 @@ def test_default_is_the_context() -> None:
     assert list(sampler) == [4, 2, 7]
 
 
+# Large, streamed, taken up again
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_billion_samples_take_no_memory(shuffle: bool) -> None:
+    """A list of them would take 8 GB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sampler = ShardSampler(range(10**9), 8, 3, shuffle=shuffle)
+    drawn = list(itertools.islice(sampler, 20_000))
+    assert len(set(drawn)) == 20_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> list[Any]:
+        kinds: list[tuple[Any, Any, dict[str, Any]]] = [
+            (ShardSampler, range(100), {"shuffle": True}),
+            (ShardSampler, range(100), {}),
+            (DistributedProxySampler, Flipping(100), {}),
+            (DistributedProxySampler, Bit(100), {}),
+        ]
+        return [shares(kind, source, 3, seed=5, pad=pad, **more) for kind, source, more in kinds for pad in (0, 1)]
+
+    at_once = drawn()
+    for first, size in ((1, 1), (2, 3), (7, 100), (3, 99)):
+        monkeypatch.setattr(samplers, "_FIRST_CHUNK", first)
+        monkeypatch.setattr(samplers, "_CHUNK", size)
+        assert drawn() == at_once
+
+
+class Bit(Flipping):
+    """Draws item by item: a stream of random numbers."""
+
+    drawn = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(self.length):
+            self.drawn += 1
+            yield int(torch.randint(10**9, ()))
+
+
+def test_a_proxy_streams() -> None:
+    """The sampler is asked for what is needed, in turns with the program's own use of torch's random numbers."""
+    sampler = Bit(10**9)
+    passing = iter(DistributedProxySampler(sampler, 2, 1))
+    torch.manual_seed(3)
+    ours, theirs = [], []
+    for _ in range(10_000):
+        theirs.append(next(passing))
+        ours.append(float(torch.rand(())))
+    assert sampler.drawn < 30_000
+    torch.manual_seed(3)
+    assert ours == [float(torch.rand(())) for _ in range(10_000)]
+    torch.manual_seed(0)
+    assert theirs == list(itertools.islice(Bit(20_000), 1, None, 2))
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 16])
+def test_rank_0_tells_its_order_in_parts(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    monkeypatch.setattr(samplers, "_TOLD_CHUNK", 8)
+
+    def fn() -> list[int]:
+        return list(DistributedProxySampler(Bit(length), pad=True))
+
+    drawn = run_threads(fn, 3)
+    torch.manual_seed(0)
+    wanted = list(Bit(length))
+    assert joined(drawn) == wanted + (wanted * 3)[: -length % 3]
+
+
+def test_a_sampler_that_raises_later_fails_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samplers, "_TOLD_CHUNK", 1)
+
+    def fn() -> str:
+        passing = iter(DistributedProxySampler(Failing()))
+        with pytest.raises((OSError, PeerFailed), match="the index file is gone") as caught:
+            list(passing)
+        return caught.type.__name__
+
+    assert run_threads(fn, 2) == ["OSError", "PeerFailed"]
+
+
+def steps(sampler: Any, size: int, *, drop_last: bool = False) -> list[tuple[list[int], int]]:
+    return list(batches(sampler.rounds(), sampler.start, sampler.num_replicas, size, drop_last=drop_last))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_all_ranks_have_equally_many_batches(world_size: int, size: int) -> None:
+    """And after each step all ranks have had a beginning of the order, as long as the position says."""
+    for length in range(40):
+        ranks = [steps(ShardSampler(range(length), world_size, rank, shuffle=True), size) for rank in range(world_size)]
+        order = list(ShardSampler(range(length), 1, 0, shuffle=True))
+        if size > 1 and length >= world_size:
+            assert len({len(each) for each in ranks}) == 1
+        assert all(0 < len(batch) <= size for each in ranks for batch, _ in each)
+        had: list[int] = []
+        for k in range(len(ranks[0])):
+            step = [each[k] for each in ranks if k < len(each)]
+            had += [item for batch, _ in step for item in batch]
+            assert {after for _, after in step} == {len(had)}
+            assert sorted(had) == sorted(order[: len(had)])
+        assert len(had) == length
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batches_that_pad_or_drop_are_equally_large(drop_last: bool) -> None:
+    for world_size, size, length in itertools.product(WORLD_SIZES, (1, 2, 3), range(30)):
+        options = {"drop_last": drop_last, "pad": not drop_last}
+        ranks = [
+            steps(ShardSampler(range(length), world_size, rank, **options), size, drop_last=drop_last)  # type: ignore[arg-type]
+            for rank in range(world_size)
+        ]
+        shapes = [[(len(batch), after) for batch, after in each] for each in ranks]
+        assert shapes == [shapes[0]] * world_size
+        if drop_last:
+            assert shapes[0] == [(size, (k + 1) * size * world_size) for k in range(length // (size * world_size))]
+
+
+@pytest.mark.parametrize("kind", [ShardSampler, DistributedProxySampler])
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 3), (3, 2), (4, 4), (8, 6)])
+def test_the_rest_of_an_epoch_on_another_number_of_ranks(kind: Any, before: int, after: int) -> None:
+    for length, size in itertools.product((5, 16, 47, 64), (1, 2, 3)):
+        source, options = (Flipping(length), {}) if kind is DistributedProxySampler else (range(length), {"shuffle": 1})
+        whole = kind(source, 1, 0, seed=9, **options)
+        whole.set_epoch(4)
+        order = list(whole)
+        for _, position in steps(_in_epoch_4(kind(source, before, 0, seed=9, **options)), size):
+            rest = [kind(source, after, rank, seed=9, **options) for rank in range(after)]
+            for sampler in rest:
+                sampler.resume(4, position)
+            assert joined([list(sampler) for sampler in rest]) == order[position:]
+            assert {(sampler.epoch, sampler.start) for sampler in rest} == {(5, 0)}
+
+
+def _in_epoch_4(sampler: Any) -> Any:
+    sampler.set_epoch(4)
+    return sampler
+
+
+def test_the_same_epoch_keeps_its_start_and_another_is_whole() -> None:
+    sampler = ShardSampler(range(10), 1, 0)
+    sampler.resume(3, 8)
+    sampler.set_epoch(3)
+    assert next(iter(sampler)) == 8
+    assert list(sampler) == [8, 9]
+    assert list(sampler) == list(range(10))
+    sampler.resume(3, 8)
+    sampler.set_epoch(4)
+    assert list(sampler) == list(range(10))
+
+
 # Ranks that talk
 
 
@@ -328,7 +482,7 @@ def test_items_arrive_as_they_are(items: list[Any]) -> None:
 
     def fn() -> list[Any]:
         rank = DistributedProxySampler([]).rank
-        return list(DistributedProxySampler(items if rank == 0 else list(reversed(items)), pad=False))
+        return list(DistributedProxySampler(items if rank == 0 else list(reversed(items))))
 
     drawn = joined(run_threads(fn, 2))
     assert drawn == items
@@ -342,7 +496,7 @@ def test_only_rank_0_iterates_the_sampler_and_the_state_is_kept() -> None:
 
     def fn() -> tuple[list[int], int]:
         sampler = Flipping(10)
-        return list(DistributedProxySampler(sampler)), sampler.passes
+        return list(DistributedProxySampler(sampler, pad=True)), sampler.passes
 
     drawn, passes = zip(*run_threads(fn, 3), strict=True)
     assert passes == (1, 0, 0)
@@ -369,6 +523,6 @@ def test_numbers_that_are_not_the_context_need_no_other_rank() -> None:
         rank = DistributedProxySampler([]).rank
         if rank == 1:
             return []
-        return [i for part in range(4) for i in DistributedProxySampler(range(9), 4, part, pad=False)]
+        return [i for part in range(4) for i in DistributedProxySampler(range(9), 4, part)]
 
     assert sorted(run_threads(fn, 2)[0]) == list(range(9))

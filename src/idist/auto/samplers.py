@@ -7,6 +7,7 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -14,9 +15,22 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from idist import collectives, runtime
+from idist.auto.permutation import Permutation
 from idist.errors import ConfigError, PeerFailed
 
-__all__ = ["DistributedProxySampler", "ShardSampler"]
+__all__ = ["NOTHING", "DistributedProxySampler", "Round", "ShardSampler", "batches", "deal"]
+
+Round = tuple[Any, int]
+"""This rank's item, and how many of the order's items all ranks have had after the round."""
+
+NOTHING: Any = object()
+"""In place of the item, where the last round does not reach this rank."""
+
+_FIRST_CHUNK, _CHUNK = 256, 8192
+"""Items that are computed or drawn at a time."""
+
+_TOLD_CHUNK = 1 << 20
+"""Items that rank 0 tells the others at a time."""
 
 
 class _Sharing(DistributedSampler[Any]):
@@ -24,10 +38,12 @@ class _Sharing(DistributedSampler[Any]):
 
     Attributes:
         epoch: of the pass that comes next. It goes up by one at the end of every complete pass. A pass that
-            is left early does not count, so that one rank may look at its first batch on its own. (A loader with
-            workers reads ahead, small data to the end: then set the epoch.)
-        num_samples: items of this rank in one pass.
-        total_size: items of all ranks in one pass, with those that pad and without those that are dropped.
+            is left early does not count, so that one rank may look at its first batch on its own. (A loader of
+            torch with workers reads ahead, small data to the end: then set the epoch. auto_dataloader's does not
+            need that.)
+        start: items of that epoch which all ranks together have had already, see :meth:`resume`; 0 for a whole pass.
+        num_samples: items of this rank in a whole pass.
+        total_size: items of all ranks in a whole pass, with those that pad and without those that are dropped.
     """
 
     def __init__(
@@ -56,37 +72,53 @@ class _Sharing(DistributedSampler[Any]):
             drop_last=drop_last,
         )
         self.pad = pad and not drop_last
+        self.start = 0
+        self.advances = True
         self._source = source
         self._measure(len(source))
 
     @abstractmethod
-    def _order(self) -> Sequence[Any] | Tensor:
-        """The items of all ranks in this epoch, the same on every rank; a tensor stands for its integers."""
+    def rounds(self) -> Iterator[Round]:
+        """The rounds of the next pass, in each of which every rank takes one item, from ``start`` on."""
 
     def __iter__(self) -> Iterator[Any]:
-        epoch = self.epoch
-        mine = self._share(self._order())
-        return self._one_pass(mine, epoch)
+        return self._one_pass(self.rounds(), self.epoch)
 
     def __len__(self) -> int:
-        """The items of this rank in one pass."""
+        """The items of this rank in a whole pass."""
         self._measure(len(self._source))
         return self.num_samples
 
-    def _one_pass(self, mine: Iterable[Any], epoch: int) -> Iterator[Any]:
-        yield from mine
-        if self.epoch == epoch:
-            self.epoch = epoch + 1
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next pass, which is a whole one if that is another epoch than it was."""
+        if epoch != self.epoch:
+            self.start = 0
+        super().set_epoch(epoch)
 
-    def _share(self, order: Sequence[Any] | Tensor) -> Iterable[Any]:
-        """Places rank, rank + n, rank + 2n, ... of the order; where it pads, a place past the end wraps around."""
-        self._measure(len(order))
-        places = range(self.rank, self.total_size, self.num_replicas)
-        if isinstance(order, Tensor):
-            # Only this rank's share becomes Python integers.
-            at = places.start + places.step * torch.arange(len(places), device=order.device)
-            return order[at % max(1, len(order))].tolist()
-        return (order[place % len(order)] for place in places)
+    def resume(self, epoch: int, start: int) -> None:
+        """Let the next pass be the rest of ``epoch``, after the first ``start`` items of all ranks together.
+
+        On any number of ranks: after each step, what the ranks have had is a beginning of the one order.
+        """
+        _check_integers(epoch=epoch, start=start)
+        self.set_epoch(epoch)
+        self.start = start
+
+    def complete(self, epoch: int) -> None:
+        """Go on to the next epoch after a pass of ``epoch``, unless an epoch has been set meanwhile."""
+        if self.epoch == epoch:
+            self.set_epoch(epoch + 1)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the order besides the epoch; a position means something in the same order only."""
+        return {"order": type(self).__name__, "seed": self.seed, "length": len(self._source)}
+
+    def _one_pass(self, rounds: Iterator[Round], epoch: int) -> Iterator[Any]:
+        for item, _ in rounds:
+            if item is not NOTHING:
+                yield item
+        if self.advances:
+            self.complete(epoch)
 
     def _measure(self, length: int) -> None:
         n = self.num_replicas
@@ -102,11 +134,11 @@ class _Sharing(DistributedSampler[Any]):
 class ShardSampler(_Sharing):
     """The indices of a map-style dataset, sequential or shuffled, shared out over the ranks.
 
-    The order is a function of ``(seed, epoch)`` alone, the same on every number of ranks, and is drawn with a
-    generator of its own: no global random state is read or written, and nothing is communicated. With the
-    default seed it is the order of torch's :class:`~torch.utils.data.DistributedSampler`. Unlike there, seeds 1
-    and 2 have no order in common, the epoch advances by itself (see ``set_epoch``), and the ranks can take
-    exactly the dataset.
+    The order is a function of ``(seed, epoch)`` alone, the same on every number of ranks, machine and version of
+    torch. It is computed index by index (see :class:`idist.auto.permutation.Permutation`), so that the first of
+    a billion comes at once; no random state is read or written, and nothing is communicated. Unlike torch's
+    :class:`~torch.utils.data.DistributedSampler`, which this is one of, it gives each index exactly once unless
+    told otherwise, the epoch advances by itself (see ``set_epoch``), and seeds 1 and 2 have no order in common.
 
     Args:
         dataset: what is indexed; only its length is used.
@@ -116,13 +148,12 @@ class ShardSampler(_Sharing):
         seed: of the random orders.
         drop_last: leave out up to ``num_replicas - 1`` indices at the end, so that all ranks have equally many.
         pad: repeat up to ``num_replicas - 1`` indices from the beginning, so that all ranks have equally many.
-            ``False``: each index exactly once over the ranks, and some ranks have one less: for evaluation.
-            ``drop_last=True`` goes before.
+            ``drop_last=True`` goes before. With neither, each index comes exactly once, and some ranks have one less.
 
     Raises:
         ConfigError: ``rank`` is not one of ``num_replicas``, or one of the numbers is not an integer.
 
-    Cost: no collective. One pass takes O(1) memory in sequence and 8 bytes per sample of the dataset shuffled.
+    Cost: no collective. O(1) time and memory to begin a pass, whatever the length.
     """
 
     def __init__(
@@ -133,17 +164,39 @@ class ShardSampler(_Sharing):
         shuffle: bool = False,
         seed: int = 0,
         drop_last: bool = False,
-        pad: bool = True,
+        pad: bool = False,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=shuffle, seed=seed, drop_last=drop_last, pad=pad)
 
-    def _order(self) -> Sequence[int] | Tensor:
-        length = len(self._source)
-        if not self.shuffle:
-            return range(length)
-        generator = torch.Generator()
-        generator.manual_seed(mixed_seed(self.seed, self.epoch))
-        return torch.randperm(length, generator=generator, device="cpu")  # whatever the default device
+    def rounds(self) -> Iterator[Round]:
+        """The rounds of the next pass."""
+        n, length = self.num_replicas, len(self._source)
+        order = Permutation(length, f"{self.seed} {self.epoch}") if self.shuffle else None
+        full, rest = divmod(max(0, length - self.start), n)
+        return self._deal(order, range(self.start, self.start + full * n, n), rest, length)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the order besides the epoch."""
+        return {**super().identity(), "shuffle": self.shuffle}
+
+    def _deal(self, order: Permutation | None, full: range, rest: int, length: int) -> Iterator[Round]:
+        size = _FIRST_CHUNK
+        done = 0
+        while done < len(full):
+            begins = full[done : done + size]
+            items = _at(order, range(begins.start + self.rank, begins.stop + self.rank, begins.step))
+            yield from zip(items, range(begins.start + begins.step, begins.stop + begins.step, begins.step))
+            done, size = done + size, _CHUNK
+        last, n = full.stop, self.num_replicas
+        if rest == 0 or self.drop_last:
+            return
+        if self.rank < rest:
+            yield _at(order, range(last + self.rank, last + self.rank + 1))[0], last + (n if self.pad else rest)
+        elif self.pad:
+            wrapped = (last + self.rank) % length
+            yield _at(order, range(wrapped, wrapped + 1))[0], last + n
+        else:
+            yield NOTHING, last + rest
 
 
 class DistributedProxySampler(_Sharing):
@@ -160,6 +213,11 @@ class DistributedProxySampler(_Sharing):
     beginning a pass is a collective: **all ranks begin it, or none**. A DataLoader begins it in its main process,
     with workers too.
 
+    It streams: rank 0 draws and tells 2**20 items at a time (8 MiB of integers), and holds no more. An order of more
+    than that therefore takes further collectives while the pass goes on, and **all ranks go through it in step**, as
+    they do in training; with DataLoader workers they also read equally far ahead, so on nodes of equally many
+    processes.
+
     With a ``num_replicas`` or ``rank`` other than the context's there is no collective: each such sampler draws
     the order itself, and they agree as far as the wrapped samplers are functions of torch's seed.
 
@@ -171,16 +229,15 @@ class DistributedProxySampler(_Sharing):
         seed: of the draws; without effect on a sampler that has a generator of its own.
         drop_last: leave out up to ``num_replicas - 1`` items at the end, so that all ranks have equally many.
         pad: repeat up to ``num_replicas - 1`` items from the beginning, so that all ranks have equally many.
-            ``False``: each item exactly once over the ranks, and some ranks have one less.
-            ``drop_last=True`` goes before.
+            ``drop_last=True`` goes before. With neither, each item comes exactly once, and some ranks have one less.
 
     Raises:
         TypeError: not an iterable with a length, or distributed already.
         ConfigError: ``rank`` is not one of ``num_replicas``, or one of the numbers is not an integer.
-        PeerFailed: on beginning a pass, if the wrapped sampler raised on rank 0; there, the error itself.
+        PeerFailed: on beginning or continuing a pass, if the wrapped sampler raised on rank 0; there, the error itself.
 
-    Cost: one object broadcast per pass, of 8 bytes per item if the items are integers, else of their pickle
-        (trusted ranks only); none where one rank is all.
+    Cost: one object broadcast per pass and 2**20 items, of 8 bytes per item if the items are integers, else of their
+        pickle (trusted ranks only); none where one rank is all.
     """
 
     def __init__(
@@ -190,7 +247,7 @@ class DistributedProxySampler(_Sharing):
         rank: int | None = None,
         seed: int = 0,
         drop_last: bool = False,
-        pad: bool = True,
+        pad: bool = False,
     ) -> None:
         given: object = sampler
         if isinstance(given, DistributedSampler):
@@ -207,31 +264,148 @@ class DistributedProxySampler(_Sharing):
         if callable(inner):
             inner(epoch)
 
-    def _order(self) -> Sequence[Any]:
+    def identity(self) -> dict[str, Any]:
+        """What makes the order besides the epoch."""
+        return {**super().identity(), "sampler": type(self.sampler).__name__}
+
+    def rounds(self) -> Iterator[Round]:
+        """The rounds of the next pass. A collective, where rank 0's order counts."""
+        chunks = self._chunks()
+        first = next(chunks)  # now, so that beginning a pass is what is collective
+        items = chain(first, chain.from_iterable(chunks))
+        return deal(items, self.start, self.num_replicas, self.rank, pad=self.pad, drop=self.drop_last)
+
+    def _chunks(self) -> Iterator[Sequence[Any]]:
+        """The items of all ranks, a chunk at a time; at least one, and the last is not a full one."""
         context = runtime.current()
-        if self.num_replicas > 1 and (context.world_size, context.rank) == (self.num_replicas, self.rank):
-            return self._order_of_rank_0()
-        return self._draw()
+        told = self.num_replicas > 1 and (context.world_size, context.rank) == (self.num_replicas, self.rank)
+        chunks = self._draw(_TOLD_CHUNK if told else _CHUNK)
+        if not told:
+            return chunks
+        return self._tell(chunks) if self.rank == 0 else self._hear()
 
-    def _draw(self) -> list[Any]:
-        with seeded(mixed_seed(self.seed, self.epoch)):
-            return list(self.sampler)
+    def _draw(self, size: int) -> Iterator[list[Any]]:
+        random = _RandomState(mixed_seed(self.seed, self.epoch))
+        with random.in_use():
+            items = iter(self.sampler)
+            for _ in islice(items, self.start):
+                pass
+        while True:
+            with random.in_use():
+                chunk = list(islice(items, size))
+            yield chunk
+            if len(chunk) < size:
+                return
 
-    def _order_of_rank_0(self) -> Sequence[Any]:
+    def _tell(self, chunks: Iterator[list[Any]]) -> Iterator[Sequence[Any]]:
         # Not a comparison of all ranks' orders with a broadcast where they differ: that saves bytes (8 MB of a
         # million) but draws world-size times, and its second collective would come only on some days.
-        if self.rank != 0:
-            order, failure = collectives.broadcast(None, src=0)
+        while True:
+            try:
+                chunk = _compact(next(chunks))
+            except StopIteration:
+                return
+            except Exception as error:
+                collectives.broadcast((None, f"{type(error).__name__}: {error}"), src=0)
+                raise
+            collectives.broadcast((chunk, None), src=0)
+            yield chunk
+
+    def _hear(self) -> Iterator[Sequence[Any]]:
+        while True:
+            chunk, failure = collectives.broadcast(None, src=0)
             if failure is not None:
                 raise PeerFailed(f"the sampler raised on rank 0, whose order counts: {failure}")
-            return order  # type: ignore[no-any-return]
-        try:
-            drawn = _compact(self._draw())
-        except Exception as error:
-            collectives.broadcast((None, f"{type(error).__name__}: {error}"), src=0)
-            raise
-        collectives.broadcast((drawn, None), src=0)
-        return drawn
+            yield chunk
+            if len(chunk) < _TOLD_CHUNK:
+                return
+
+
+def deal(items: Iterable[Any], start: int, num_replicas: int, rank: int, *, pad: bool, drop: bool) -> Iterator[Round]:
+    """Share a stream out in rounds: the i-th item of each goes to rank i. ``start`` items went before."""
+    stream = iter(items)
+    at, head = start, []
+    while True:
+        mine, size = NOTHING, 0
+        for item in islice(stream, num_replicas):
+            if size == rank:
+                mine = item
+            if pad and len(head) < num_replicas:
+                head.append(item)
+            size += 1
+        if size < num_replicas:
+            break
+        at += num_replicas
+        yield mine, at
+    if size == 0 or drop:
+        return
+    if pad and mine is NOTHING:
+        # As if the items went on from the beginning.
+        total = at - start + size
+        mine = head[(at - start + rank) % total]
+    yield mine, at + (num_replicas if pad else size)
+
+
+def batches(
+    rounds: Iterable[Round], start: int, num_replicas: int, size: int, *, drop_last: bool
+) -> Iterator[tuple[list[Any], int]]:
+    """One rank's batches, each with the number of items that all ranks have had after that step.
+
+    All ranks have equally many batches if at all possible. Where a last, incomplete round would begin a new step for
+    some ranks only, every rank keeps an item of the step before for it: the ranks that get one in that round give a
+    full batch as usual, and the others one item less, which is then their last batch. (Not possible with one item a
+    batch, or where there are fewer items than ranks.) After every step, what all ranks have had is a beginning of the
+    order, so a pass can be taken up again after any step, on any number of ranks.
+    """
+    full: list[Any] = []  # until it is known what comes after it
+    batch: list[Any] = []
+    at = start
+    for item, after in rounds:
+        if full and after - at < num_replicas and size > 1:
+            if item is NOTHING:
+                full, batch = full[:-1], full[-1:]
+            yield full, after - num_replicas
+        elif full:
+            yield full, at
+        full = []
+        if item is not NOTHING:
+            batch.append(item)
+        at = after
+        if len(batch) == size:
+            full, batch = batch, []
+    last = full or batch
+    if last and (len(last) == size or not drop_last):
+        yield last, at
+
+
+def _at(order: Permutation | None, places: range) -> Sequence[int]:
+    """What stands at these places of the order; ``None`` is the order of the indices themselves."""
+    if order is None:
+        return places
+    # Of the CPU, whatever the default device. As many as fit a cache: then torch needs no threads either.
+    return order.at(torch.arange(places.start, places.stop, places.step, device="cpu")).tolist()  # type: ignore[no-any-return]
+
+
+class _RandomState:
+    """Torch's global generators for one use, in turns with the rest of the program.
+
+    The first turn begins as after ``torch.manual_seed(seed)``, each further one where the last ended.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._states: tuple[Tensor, list[Tensor]] | None = None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        with seeded(self._seed):
+            if self._states is not None:
+                torch.set_rng_state(self._states[0])
+                if self._states[1]:
+                    torch.cuda.set_rng_state_all(self._states[1])
+            yield
+            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+            self._states = torch.get_rng_state(), cuda
 
 
 @contextmanager
@@ -249,7 +423,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def mixed_seed(seed: int, epoch: int) -> int:
-    """The seed of one epoch: the epoch itself for seed 0, as in torch, else a hash of both.
+    """The seed of a wrapped sampler's epoch: the epoch itself for seed 0, else a hash of both.
 
     ``seed + epoch`` would give seed 1 in epoch 1 what seed 2 has in epoch 0.
     """
