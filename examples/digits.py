@@ -69,7 +69,7 @@ def training(local_rank: int, config: argparse.Namespace) -> float:
     torch.manual_seed(config.seed)
     train_set, test_set = datasets(config.seed)
     train_loader = idist.auto_dataloader(train_set, batch_size=config.batch_size, shuffle=True, drop_last=True)
-    test_loader = idist.auto_dataloader(test_set, batch_size=256, shuffle=False, pad=False)
+    test_loader = idist.auto_dataloader(test_set, batch_size=256, shuffle=False)
     model = idist.auto_model(cnn())
     optimizer = idist.auto_optim(torch.optim.AdamW(model.parameters(), lr=config.lr))
     steps = config.epochs * len(train_loader)

@@ -76,7 +76,8 @@ def by_hand(rank: int, world_size: int, port: int) -> dict[str, Any]:
 def with_idist(rank: int, world_size: int, port: int) -> dict[str, Any]:
     idist.initialize("gloo", init_method=f"tcp://{LOOPBACK}:{port}", rank=rank, world_size=world_size, timeout=30)
     model = idist.auto_model(cnn(rank))
-    loader = idist.auto_dataloader(digits(), batch_size=BATCH * world_size, shuffle=True)
+    dataset = digits()
+    loader = idist.auto_dataloader(dataset, batch_size=BATCH * world_size, sampler=DistributedSampler(dataset))
     optimizer = idist.auto_optim(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     seen = train(model, optimizer, loader)
     idist.finalize()
@@ -106,5 +107,5 @@ def test_one_process_equals_plain_torch() -> None:
     dataset = digits()
     sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True)
     plain = run(cnn(0), DataLoader(dataset, batch_size=BATCH, sampler=sampler))
-    ours = run(idist.auto_model(cnn(0)), idist.auto_dataloader(dataset, batch_size=BATCH, shuffle=True))
+    ours = run(idist.auto_model(cnn(0)), idist.auto_dataloader(dataset, batch_size=BATCH, sampler=sampler))
     assert ours == plain

@@ -1,9 +1,11 @@
 """One PyTorch training script, every way to run it."""
 
 from idist.auto.data import auto_dataloader
+from idist.auto.join import join
+from idist.auto.loader import Loader
 from idist.auto.model import auto_model
 from idist.auto.optim import auto_optim
-from idist.auto.samplers import DistributedProxySampler
+from idist.auto.samplers import DistributedProxySampler, ShardSampler
 from idist.backends import BUILTIN as registered_computation_models
 from idist.backends import has_hvd_support, has_native_dist_support, has_xla_support
 from idist.collectives import (
@@ -16,6 +18,7 @@ from idist.collectives import (
     barrier,
     broadcast,
     gather,
+    reduce_mean,
     reduce_scatter,
     scatter,
 )
@@ -63,8 +66,10 @@ __all__ = [
     "Handle",
     "IdistError",
     "LaunchError",
+    "Loader",
     "Parallel",
     "PeerFailed",
+    "ShardSampler",
     "Topology",
     "UnknownArgument",
     "WorkerFailed",
@@ -95,10 +100,12 @@ __all__ = [
     "has_xla_support",
     "hostname",
     "initialize",
+    "join",
     "model_name",
     "new_group",
     "one_rank_first",
     "one_rank_only",
+    "reduce_mean",
     "reduce_scatter",
     "registered_computation_models",
     "scatter",

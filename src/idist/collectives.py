@@ -31,6 +31,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "gather",
+    "reduce_mean",
     "reduce_scatter",
     "scatter",
 ]
@@ -117,6 +118,48 @@ def all_reduce_(
         raise TypeError(f"all_reduce_ works in place, so on tensors only, got {type(tensor).__name__}; use all_reduce")
     context, members = _enter(group)
     return _answer(_start_all_reduce(context, members, tensor.detach(), op, verify, returns=tensor), async_op)
+
+
+@overload
+def reduce_mean(total: float, count: int, group: Any = None) -> float: ...
+@overload
+def reduce_mean(total: Tensor, count: int, group: Any = None) -> Tensor: ...
+def reduce_mean(total: Any, count: int, group: Any = None) -> Any:
+    """The mean over the samples of all ranks, however many each has: the sum of the totals by that of the counts.
+
+    An average of the ranks' own averages is another number where ranks have different numbers of samples. A rank
+    without any passes 0 for both, or zeros of the shape that the others have.
+
+    Args:
+        total: of this rank's samples; a number, or a tensor of them, of one shape on all ranks.
+        count: this rank's samples.
+        group: ranks, or what :func:`new_group` returned; default: all ranks.
+
+    Returns:
+        A float, or a tensor of float64 on the device of ``total``. Integers are summed exactly, floats as doubles in
+        the order of the ranks, and then divided once: a count of right answers gives the same mean on any number of
+        ranks.
+
+    Shape: that of ``total``.
+
+    Raises:
+        TypeError: ``total`` is neither a tensor nor a number, or ``count`` not an integer.
+        ZeroDivisionError: no rank has any sample.
+        CollectiveMismatch, PeerFailed: as :func:`all_reduce`.
+
+    Cost: those of two :func:`all_reduce`.
+    """
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"count must be the number of this rank's samples, an integer, got {count!r}")
+    if isinstance(total, Tensor):
+        exact = torch.float64 if total.is_floating_point() else torch.int64
+        total = all_reduce(total.to(exact), "SUM", group)
+    else:
+        total = all_reduce(total, "SUM", group)
+    samples = all_reduce(count, "SUM", group)
+    if samples == 0:
+        raise ZeroDivisionError("the mean of no samples: count is 0 on every rank")
+    return total / samples
 
 
 @overload

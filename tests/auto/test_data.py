@@ -26,6 +26,7 @@ from torch.utils.data import (
 
 from idist import runtime
 from idist.auto.data import ShardedIterable, auto_dataloader
+from idist.auto.loader import Loader
 from idist.auto.samplers import DistributedProxySampler, ShardSampler
 from idist.backends.serial import Serial
 from idist.errors import ConfigError, LaunchError, UnknownArgument
@@ -168,7 +169,8 @@ def test_the_same_use_on_every_number_of_ranks() -> None:
     """A script sets the epoch and finds the same kinds of things at every world size."""
     for world_size in WORLD_SIZES:
         for loader in loaders(Numbers(60), world_size, shuffle=True, seed=3):
-            assert type(loader) is DataLoader
+            assert type(loader) is Loader
+            assert isinstance(loader, DataLoader)
             assert isinstance(loader.sampler, ShardSampler)
             loader.sampler.set_epoch(2)
             whole = ShardSampler(range(60), 1, 0, shuffle=True, seed=3)
@@ -182,24 +184,49 @@ def test_the_same_use_on_every_number_of_ranks() -> None:
 def test_evaluation_without_padding_is_exact(world_size: int, batch_size: int | None) -> None:
     """Row 7: 5 samples became 6."""
     for length in (0, 1, 4, 5, 23):
-        drawn = all_samples(Numbers(length), world_size, batch_size=batch_size, shuffle=False, pad=False)
+        drawn = all_samples(Numbers(length), world_size, batch_size=batch_size, shuffle=False, uneven="join")
         assert drawn == list(range(length))
 
 
-def test_padding_speaks_where_it_may_be_an_evaluation() -> None:
-    """Row 7: never silently; and the number of samples is named."""
-    with pytest.warns(UserWarning, match=r"5 samples .* world size 2: 1 will be repeated.*pad=False") as caught:
-        assert all_samples(Numbers(5), 2) == [0, 0, 1, 2, 3, 4]
+def test_what_cannot_be_even_is_said_once() -> None:
+    """Row 7: nothing is repeated unless asked for; and nobody waits in training for a rank that has ended, unwarned."""
+    with pytest.warns(UserWarning, match=r"5 on 2 ranks.* 3 steps .* 2, .*'join'.*'pad'.*'drop'") as caught:
+        assert all_samples(Numbers(5), 2) == [0, 1, 2, 3, 4]
     assert len(caught) == 1
-    with pytest.warns(UserWarning, match="1 will be repeated"), at(0, 2):
-        auto_dataloader(Numbers(5), sampler=SequentialSampler(range(5)))
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="3 on 4 ranks"), at(0, 4):
+        auto_dataloader(Numbers(3), sampler=SequentialSampler(range(3)), batch_size=8)
 
 
 @pytest.mark.parametrize(
-    "options", [{"shuffle": True}, {"pad": True}, {"drop_last": True}, {"sampler": RandomSampler(range(5))}]
+    ("options", "lengths"),
+    [
+        ({"uneven": "pad"}, [3, 3]),
+        ({"uneven": "drop"}, [2, 2]),
+        ({"drop_last": True}, [2, 2]),
+        ({"uneven": "join"}, [3, 2]),
+        ({"uneven": "pad", "sampler": RandomSampler(range(5))}, [3, 3]),
+        ({"batch_size": 4}, [2, 2]),
+        ({"batch_size": 4, "sampler": RandomSampler(range(5))}, [2, 2]),
+    ],
 )
-def test_padding_is_quiet_where_it_was_accepted_or_is_training(options: dict[str, Any]) -> None:
-    assert {len(loader.sampler) for loader in loaders(Numbers(5), 2, **options)} == {2 if "drop_last" in options else 3}  # type: ignore[arg-type]
+def test_uneven_is_quiet_where_it_was_accepted_or_is_even(options: dict[str, Any], lengths: list[int]) -> None:
+    assert [len(loader) for loader in loaders(Numbers(5), 2, **options)] == lengths
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_ranks_have_equally_many_batches_and_each_sample_once(world_size: int) -> None:
+    for length, iterable, uneven in itertools.product((7, 16, 17, 18, 19, 23), (False, True), (None, "drop", "pad")):
+        options: dict[str, Any] = {"batch_size": 2 * world_size, "shard": True, "uneven": uneven}
+        made = loaders(SizedStream(length) if iterable else Numbers(length), world_size, **options)
+        drawn = [[torch.as_tensor(batch).tolist() for batch in loader] for loader in made]
+        assert [len(batches) for batches in drawn] == [len(loader) for loader in made] == [len(drawn[0])] * world_size
+        seen = [i for batches in drawn for batch in batches for i in batch]
+        if uneven is None:
+            assert sorted(seen) == list(range(length))
+        else:
+            assert len(seen) == {"drop": length // world_size, "pad": -(-length // world_size)}[uneven] * world_size
+            assert len(set(seen)) == min(length, len(seen))
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -276,8 +303,8 @@ def test_a_distributed_sampler_is_used_as_it_is() -> None:
         with pytest.warns(UserWarning, match="for rank 0 of 3, this process is rank 1 of 2") as caught:
             auto_dataloader(Numbers(6), sampler=DistributedSampler(Numbers(6), 3, 0))
         assert caught[0].filename == __file__
-        with pytest.raises(ConfigError, match="pad and seed do not reach a DistributedSampler"):
-            auto_dataloader(Numbers(6), sampler=sampler, pad=False)
+        with pytest.raises(ConfigError, match="uneven and seed do not reach a DistributedSampler"):
+            auto_dataloader(Numbers(6), sampler=sampler, uneven="pad")
 
 
 def test_shard_false_leaves_everything_as_it_is() -> None:
@@ -317,9 +344,9 @@ def test_a_batch_sampler_says_whether_it_is_to_be_shared_out() -> None:
 def test_an_iterable_is_shared_out(world_size: int) -> None:
     """Row 8: every rank had all of it."""
     for length in range(24):
-        exact = [samples(each) for each in loaders(Stream(length), world_size, shard=True, pad=False)]
+        exact = [samples(each) for each in loaders(Stream(length), world_size, shard=True)]
         assert exact == [list(range(rank, length, world_size)) for rank in range(world_size)]
-        padded = [samples(each) for each in loaders(Stream(length), world_size, shard=True)]
+        padded = [samples(each) for each in loaders(Stream(length), world_size, shard=True, uneven="pad")]
         assert {len(items) for items in padded} == {-(-length // world_size)}
         assert {i for items in padded for i in items} == set(range(length))
         dropped = [samples(each) for each in loaders(Stream(length), world_size, shard=True, drop_last=True)]
@@ -327,13 +354,15 @@ def test_an_iterable_is_shared_out(world_size: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [Stream, SplitStream])
-@pytest.mark.parametrize("pad", [False, True])
-def test_workers_of_a_rank_share_it_out_too(kind: type[Stream], pad: bool) -> None:
+@pytest.mark.parametrize("uneven", [None, "pad"])
+def test_workers_of_a_rank_share_it_out_too(kind: type[Stream], uneven: str | None) -> None:
     """Row 8: without duplicates, and in the very batches of a loader without workers."""
     for rank, length, batch_size in itertools.product((0, 1), (3, 22), (None, 6)):
         with at(rank, 2, nproc=1):
-            alone = auto_dataloader(kind(length), batch_size=batch_size, shard=True, pad=pad)
-            with_workers = auto_dataloader(kind(length), batch_size=batch_size, shard=True, pad=pad, num_workers=2)
+            alone = auto_dataloader(kind(length), batch_size=batch_size, shard=True, uneven=uneven)
+            with_workers = auto_dataloader(
+                kind(length), batch_size=batch_size, shard=True, uneven=uneven, num_workers=2
+            )
         assert with_workers.num_workers == 2
         expected = [torch.as_tensor(batch).tolist() for batch in alone]
         assert [torch.as_tensor(batch).tolist() for batch in with_workers] == expected
@@ -351,9 +380,9 @@ def test_sharding_an_iterable_speaks_unless_accepted() -> None:
 
 
 def test_a_sharded_iterable_still_is_the_dataset() -> None:
-    first, second = loaders(SizedStream(5), 2, shard=True, pad=False, batch_size=4)
+    first, second = loaders(SizedStream(5), 2, shard=True, batch_size=4)
     assert (len(first.dataset), len(second.dataset)) == (3, 2)  # type: ignore[arg-type]
-    assert (len(first), len(second)) == (2, 1)
+    assert (len(first), len(second)) == (2, 2)
     assert len(list(first)) == 2
     dataset: Any = first.dataset
     assert isinstance(dataset, ShardedIterable)
@@ -405,13 +434,15 @@ def test_an_endless_stream_is_read_as_it_comes() -> None:
     ("arguments", "kind", "says"),
     [
         ({"batchsize": 4}, UnknownArgument, "'batchsize'. Did you mean 'batch_size'"),
-        ({"padd": True}, TypeError, "Did you mean 'pad'"),
+        ({"unevn": "pad"}, TypeError, "Did you mean 'uneven'"),
+        ({"batch_size_per_rank": 0}, ConfigError, "batch_size_per_rank .* at least 1, got 0"),
+        ({"batch_size_per_rank": 2, "batch_size": 4}, ConfigError, "batch_size=4 and batch_size_per_rank=2"),
         ({"batch_size": 0}, ConfigError, "batch_size .* at least 1, got 0"),
         ({"batch_size": "4"}, ConfigError, "batch_size"),
         ({"batch_size": True}, ConfigError, "batch_size"),
         ({"num_workers": -1}, ConfigError, "num_workers"),
         ({"num_workers": 1.5}, ConfigError, "num_workers"),
-        ({"pad": "no"}, ConfigError, "pad must be"),
+        ({"uneven": "no"}, ConfigError, "uneven must be one of 'pad', 'drop', 'join' or None, got 'no'"),
         ({"shard": 1}, ConfigError, "shard must be"),
         ({"seed": 0.5}, ConfigError, "seed"),
         ({"sampler": SequentialSampler(range(4)), "shuffle": True}, ConfigError, "exclude"),
@@ -445,15 +476,25 @@ def test_pin_memory_follows_the_device() -> None:
         assert not auto_dataloader(Numbers(4), pin_memory=False).pin_memory
 
 
-def test_the_backend_has_the_last_word() -> None:
+def test_the_backend_feeds_the_device() -> None:
+    """It may read ahead, and gives back what it got: the loader's position is that of the batch in use."""
+
     class Wrapping(Serial):
         def wrap_loader(self, loader: Any) -> Any:
-            return ("wrapped", loader)
+            assert len(loader) == 3
+            return ReadingAhead(loader)
+
+    class ReadingAhead:
+        def __init__(self, loader: Any) -> None:
+            self.loader = loader
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter([(batch * 10, position) for batch, position in self.loader])
 
     with at(0, 1, backend=Wrapping()):
-        word, loader = auto_dataloader(Numbers(4))
-    assert word == "wrapped"
-    assert isinstance(loader, DataLoader)
+        loader = auto_dataloader(Numbers(5), batch_size=2)
+        seen = [(batch.tolist(), loader.state_dict()["position"]) for batch in loader]
+    assert seen == [([0, 10], 2), ([20, 30], 4), ([40], 5)]
 
 
 def test_other_options_reach_the_loader() -> None:
@@ -468,12 +509,19 @@ def test_other_options_reach_the_loader() -> None:
         ]
 
 
+def test_batch_size_per_rank() -> None:
+    for loader in loaders(Numbers(120), 3, batch_size_per_rank=4):
+        assert loader.batch_size == 4
+
+
 def test_one_line_says_what_a_rank_gets(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="idist"):
-        loaders(Numbers(60), 2, batch_size=8, shuffle=True)
+        made = loaders(Numbers(60), 2, batch_size=8, shuffle=True)
         loaders(Stream(60), 1)
     first, second, third = (record.getMessage() for record in caplog.records)
-    assert "rank 0 of 2 takes batch_size 4" in first
+    assert "rank 0 of 2 takes batch_size 4 of 8" in first
     assert "8 batches, order by ShardSampler" in first
+    assert "uneven: each once" in first
     assert "rank 1 of 2" in second
     assert "batches" not in third
+    assert [first, second] == [repr(loader) for loader in made]

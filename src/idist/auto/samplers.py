@@ -18,7 +18,18 @@ from idist import collectives, runtime
 from idist.auto.permutation import Permutation
 from idist.errors import ConfigError, PeerFailed
 
-__all__ = ["NOTHING", "DistributedProxySampler", "Round", "ShardSampler", "batches", "deal"]
+__all__ = [
+    "NOTHING",
+    "DistributedProxySampler",
+    "Progress",
+    "Round",
+    "ShardSampler",
+    "Sharing",
+    "batches",
+    "deal",
+    "number_of_steps",
+    "share_of",
+]
 
 Round = tuple[Any, int]
 """This rank's item, and how many of the order's items all ranks have had after the round."""
@@ -33,7 +44,38 @@ _TOLD_CHUNK = 1 << 20
 """Items that rank 0 tells the others at a time."""
 
 
-class _Sharing(DistributedSampler[Any]):
+class Progress:
+    """How far all ranks together have come in an order that has epochs.
+
+    Attributes:
+        epoch: of the pass that comes next.
+        start: items of that epoch which all ranks together have had already, see :meth:`resume`; 0 for a whole pass.
+    """
+
+    epoch: int
+    start: int
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next pass, which is a whole one if that is another epoch than it was."""
+        if epoch != self.epoch:
+            self.start = 0
+        self.epoch = epoch
+
+    def resume(self, epoch: int, start: int) -> None:
+        """Let the next pass be the rest of ``epoch``, after the first ``start`` items of all ranks together.
+
+        On any number of ranks: after each step, what the ranks have had is a beginning of the one order.
+        """
+        self.set_epoch(epoch)
+        self.start = start
+
+    def complete(self, epoch: int) -> None:
+        """Go on to the next epoch after a pass of ``epoch``, unless an epoch has been set meanwhile."""
+        if self.epoch == epoch:
+            self.set_epoch(epoch + 1)
+
+
+class Sharing(Progress, DistributedSampler[Any]):
     """Shares one order of items out over the ranks; what the order is, a subclass says.
 
     Attributes:
@@ -41,7 +83,7 @@ class _Sharing(DistributedSampler[Any]):
             is left early does not count, so that one rank may look at its first batch on its own. (A loader of
             torch with workers reads ahead, small data to the end: then set the epoch. auto_dataloader's does not
             need that.)
-        start: items of that epoch which all ranks together have had already, see :meth:`resume`; 0 for a whole pass.
+        start: items of that epoch which all ranks together have had already; 0 for a whole pass.
         num_samples: items of this rank in a whole pass.
         total_size: items of all ranks in a whole pass, with those that pad and without those that are dropped.
     """
@@ -89,26 +131,6 @@ class _Sharing(DistributedSampler[Any]):
         self._measure(len(self._source))
         return self.num_samples
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next pass, which is a whole one if that is another epoch than it was."""
-        if epoch != self.epoch:
-            self.start = 0
-        super().set_epoch(epoch)
-
-    def resume(self, epoch: int, start: int) -> None:
-        """Let the next pass be the rest of ``epoch``, after the first ``start`` items of all ranks together.
-
-        On any number of ranks: after each step, what the ranks have had is a beginning of the one order.
-        """
-        _check_integers(epoch=epoch, start=start)
-        self.set_epoch(epoch)
-        self.start = start
-
-    def complete(self, epoch: int) -> None:
-        """Go on to the next epoch after a pass of ``epoch``, unless an epoch has been set meanwhile."""
-        if self.epoch == epoch:
-            self.set_epoch(epoch + 1)
-
     def identity(self) -> dict[str, Any]:
         """What makes the order besides the epoch; a position means something in the same order only."""
         return {"order": type(self).__name__, "seed": self.seed, "length": len(self._source)}
@@ -120,18 +142,19 @@ class _Sharing(DistributedSampler[Any]):
         if self.advances:
             self.complete(epoch)
 
+    def number_of_steps(self, batch_size: int, *, drop_last: bool) -> int:
+        """Batches of this rank in a whole pass, as :func:`batches` cuts them."""
+        n, length = self.num_replicas, len(self._source)
+        mine, most = (share_of(rank, length, n, pad=self.pad, drop=self.drop_last) for rank in (self.rank, 0))
+        return number_of_steps(mine, most, batch_size, drop_last=drop_last)
+
     def _measure(self, length: int) -> None:
         n = self.num_replicas
-        if self.pad:
-            self.num_samples = -(-length // n)
-        elif self.drop_last:
-            self.num_samples = length // n
-        else:
-            self.num_samples = len(range(self.rank, length, n))
-        self.total_size = length if not self.pad and not self.drop_last else self.num_samples * n
+        self.num_samples = share_of(self.rank, length, n, pad=self.pad, drop=self.drop_last)
+        self.total_size = self.num_samples * n if self.pad or self.drop_last else length
 
 
-class ShardSampler(_Sharing):
+class ShardSampler(Sharing):
     """The indices of a map-style dataset, sequential or shuffled, shared out over the ranks.
 
     The order is a function of ``(seed, epoch)`` alone, the same on every number of ranks, machine and version of
@@ -180,14 +203,13 @@ class ShardSampler(_Sharing):
         return {**super().identity(), "shuffle": self.shuffle}
 
     def _deal(self, order: Permutation | None, full: range, rest: int, length: int) -> Iterator[Round]:
-        size = _FIRST_CHUNK
-        done = 0
+        n, size, done = self.num_replicas, _FIRST_CHUNK, 0
         while done < len(full):
             begins = full[done : done + size]
             items = _at(order, range(begins.start + self.rank, begins.stop + self.rank, begins.step))
-            yield from zip(items, range(begins.start + begins.step, begins.stop + begins.step, begins.step))
+            yield from zip(items, range(begins.start + n, begins.stop + n, n), strict=True)
             done, size = done + size, _CHUNK
-        last, n = full.stop, self.num_replicas
+        last = full.stop
         if rest == 0 or self.drop_last:
             return
         if self.rank < rest:
@@ -199,7 +221,7 @@ class ShardSampler(_Sharing):
             yield NOTHING, last + rest
 
 
-class DistributedProxySampler(_Sharing):
+class DistributedProxySampler(Sharing):
     """Any sampler, shared out over the ranks.
 
     In epoch e the ranks together draw, with the default seed, what the wrapped sampler draws after
@@ -324,7 +346,8 @@ class DistributedProxySampler(_Sharing):
 def deal(items: Iterable[Any], start: int, num_replicas: int, rank: int, *, pad: bool, drop: bool) -> Iterator[Round]:
     """Share a stream out in rounds: the i-th item of each goes to rank i. ``start`` items went before."""
     stream = iter(items)
-    at, head = start, []
+    at = start
+    head: list[Any] = []
     while True:
         mine, size = NOTHING, 0
         for item in islice(stream, num_replicas):
@@ -378,12 +401,24 @@ def batches(
         yield last, at
 
 
+def share_of(rank: int, length: int, num_replicas: int, *, pad: bool, drop: bool) -> int:
+    """How many of ``length`` items a rank has."""
+    if pad:
+        return -(-length // num_replicas)
+    return length // num_replicas if drop else len(range(rank, length, num_replicas))
+
+
+def number_of_steps(mine: int, most: int, size: int, *, drop_last: bool) -> int:
+    """How many batches :func:`batches` cuts from ``mine`` items, where rank 0 has ``most``."""
+    return mine // size if drop_last else -(-(most if mine and size > 1 else mine) // size)
+
+
 def _at(order: Permutation | None, places: range) -> Sequence[int]:
     """What stands at these places of the order; ``None`` is the order of the indices themselves."""
     if order is None:
         return places
     # Of the CPU, whatever the default device. As many as fit a cache: then torch needs no threads either.
-    return order.at(torch.arange(places.start, places.stop, places.step, device="cpu")).tolist()  # type: ignore[no-any-return]
+    return order.at(torch.arange(places.start, places.stop, places.step, device="cpu")).tolist()
 
 
 class _RandomState:

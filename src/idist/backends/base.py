@@ -222,7 +222,12 @@ class Backend(ABC):
         return optimizer
 
     def wrap_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """The loader, made to feed :meth:`device` if a plain one does not."""
+        """The loader, made to feed :meth:`device` if a plain one does not.
+
+        ``loader`` is the inner part of what :func:`idist.auto_dataloader` returns, with a length if its data have
+        one. Each pass over it gives pairs, of a batch and of the position in the data after it: they may be read
+        ahead, and come back in the same order with the tensors on the device and all else as it was.
+        """
         return loader
 
     def _reject(self, options: dict[str, Any]) -> None:
