@@ -159,7 +159,8 @@ def reduce_mean(total: Any, count: int, group: Any = None) -> Any:
     samples = all_reduce(count, "SUM", group)
     if samples == 0:
         raise ZeroDivisionError("the mean of no samples: count is 0 on every rank")
-    return total / samples
+    # Not as it is: torch would divide int64 as float32.
+    return total.double() / samples if isinstance(total, Tensor) else total / samples
 
 
 @overload
