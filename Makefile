@@ -9,7 +9,7 @@ CONSTRAINTS ?= tools/cpu-constraints.txt
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mpich env-openmpi bench-mpi demo test test-mpi test-mpich test-openmpi test-slurm check test-gpu clean
+.PHONY: help env env-mpich env-openmpi bench-mpi bench-data demo test test-mpi test-mpich test-openmpi test-slurm check test-gpu clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ bench-mpi: env-mpich env-openmpi ## compare mpi with gloo, with MPICH and with O
 		PATH="$(CURDIR)/$(VENV)-$$mpi/bin:$$PATH" python -m idist run --mpi --nproc 2 bench/mpi.py $(ARGS) || exit 1; \
 	done
 
+bench-data: $(VENV)-bench/.made ## measure what a shuffled order costs, beside torch and Accelerate
+	$(VENV)-bench/bin/python bench/data.py $(ARGS)
+
 test-slurm: env ## run the tests that need Slurm, on a cluster of four nodes that is started for them; as root
 	tools/slurm-cluster.sh with $(VENV)/bin/python -m pytest -m slurm tests/slurm \
 		tests/examples/test_readme_commands.py $(ARGS)
@@ -48,13 +51,19 @@ test-gpu: ## run the tests that need a CUDA device, with the python3 and torch t
 	PYTHONPATH=$(CURDIR)/src python3 -m pytest -m gpu $(ARGS)
 
 clean: ## remove the environment and what the tools left
-	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache digits.png
+	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi $(VENV)-bench build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache digits.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" --editable ".[dev]" \
 		|| { echo "$(VENV) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
+	touch $@
+
+$(VENV)-bench/.made: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" --editable ".[bench]" \
+		|| { echo "$(@D) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
 	touch $@
 
 $(VENV)-%/.made: pyproject.toml $(CONSTRAINTS)

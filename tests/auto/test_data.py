@@ -497,6 +497,27 @@ def test_the_backend_feeds_the_device() -> None:
     assert seen == [([0, 10], 2), ([20, 30], 4), ([40], 5)]
 
 
+def test_prefetch_to_device_gives_batches_on_the_device() -> None:
+    """Here a device that needs no hardware; tests/gpu has the copies ahead."""
+
+    class OnMeta(Serial):
+        def device(self) -> torch.device:
+            return torch.device("meta")
+
+    data = [{"x": torch.ones(2), "name": "a"} for _ in range(5)]
+    with at(0, 1, backend=OnMeta()):
+        plain, fed = auto_dataloader(data, batch_size=2), auto_dataloader(data, batch_size=2, prefetch_to_device=True)
+    assert len(plain) == len(fed) == 3
+    assert {batch["x"].device.type for batch in plain} == {"cpu"}
+    batches = list(fed)
+    assert [(batch["x"].device.type, tuple(batch["x"].shape)) for batch in batches] == [
+        ("meta", (2, 2)),
+        ("meta", (2, 2)),
+        ("meta", (1, 2)),
+    ]
+    assert batches[2]["name"] == ["a"]
+
+
 def test_other_options_reach_the_loader() -> None:
     def collate(batch: list[Any]) -> list[Any]:
         return batch

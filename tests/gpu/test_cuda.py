@@ -343,6 +343,36 @@ def test_batches_are_pinned() -> None:
     assert alone(_loader) == (True, "cuda:0")
 
 
+def _prefetched(rank: int) -> list[str]:
+    """What is wrong with batches that were copied ahead, while the device is busy with the one before."""
+    start("nccl")
+    side = 512
+    images = torch.arange(40.0).view(-1, 1, 1).expand(-1, side, side).contiguous()
+    data = [{"image": images[i], "name": f"{i}", "pair": (i, torch.tensor([i]))} for i in range(40)]
+    loader = idist.auto_dataloader(data, batch_size=4, prefetch_to_device=True, num_workers=2)
+    wrong, seen = [], 0
+    for number, batch in enumerate(loader):
+        image, (index, pair) = batch["image"], batch["pair"]
+        if {image.device.type, index.device.type, pair.device.type} != {"cuda"}:
+            wrong.append(f"batch {number} is on {image.device}, {index.device}, {pair.device}")
+        busy = image
+        for _ in range(20):
+            busy = busy @ torch.eye(side, device="cuda")
+        if not torch.equal(busy[:, 0, 0].cpu(), torch.arange(40.0)[seen : seen + 4]):
+            wrong.append(f"batch {number} has {busy[:, 0, 0].tolist()}")
+        seen += len(image)
+        if loader.state_dict()["position"] != seen:
+            wrong.append(f"position {loader.state_dict()['position']} after {seen} samples")
+        if batch["name"] != [f"{i}" for i in range(seen - 4, seen)]:
+            wrong.append(f"names {batch['name']}")
+    idist.finalize()
+    return wrong if seen == 40 else [*wrong, f"{seen} samples"]
+
+
+def test_batches_are_on_the_device_ahead() -> None:
+    assert alone(_prefetched) == []
+
+
 # Processes
 
 
