@@ -97,7 +97,7 @@ def draw(results: dict[tuple[str, int], dict[str, float] | str], path: Path) -> 
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["svg.hashsalt"] = "idist"
+    rcParams["svg.hashsalt"], rcParams["svg.fonttype"] = "idist", "none"
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, 3), UNITS.items(), strict=True):
         for peer, marker in zip(PEERS, "os^", strict=True):

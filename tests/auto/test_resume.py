@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import pickle
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +15,13 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     WeightedRandomSampler,
 )
 
 import idist
 from idist.auto.data import auto_dataloader
+from idist.auto.samplers import ShardSampler
 from idist.errors import ConfigError
 from idist.testing import run_processes, run_threads
 
@@ -50,7 +54,7 @@ class Stream(IterableDataset[int]):
         yield from torch.randperm(self.length, generator=generator).tolist()
 
 
-KINDS = ("sequential", "shuffled", "generator", "sampler", "batch_sampler", "no batches", "stream")
+KINDS = ("sequential", "shuffled", "our sampler", "generator", "sampler", "batch_sampler", "no batches", "stream")
 
 
 def make(kind: str, per_rank: int = 3, **more: Any) -> Any:
@@ -61,6 +65,8 @@ def make(kind: str, per_rank: int = 3, **more: Any) -> Any:
         return auto_dataloader(Numbers(LENGTH), **batch)
     if kind == "shuffled":
         return auto_dataloader(Numbers(LENGTH), shuffle=True, seed=5, **batch)
+    if kind == "our sampler":
+        return auto_dataloader(Numbers(LENGTH), sampler=ShardSampler(range(LENGTH), shuffle=True), **batch)
     if kind == "generator":
         seed = 100 + idist.get_rank()  # rank 0's counts
         return auto_dataloader(Numbers(LENGTH), shuffle=True, generator=torch.Generator().manual_seed(seed), **batch)
@@ -226,6 +232,12 @@ def test_epochs() -> None:
     assert sum(len(batch) for batch in loader) == LENGTH
 
 
+def test_a_loader_can_be_pickled() -> None:
+    loader = make("shuffled")
+    wanted = [numbers(batch) for batch in pickle.loads(pickle.dumps(loader))]
+    assert wanted == [numbers(batch) for batch in loader]
+
+
 def test_two_passes_at_once() -> None:
     loader = make("shuffled")
     assert [one.tolist() == other.tolist() for one, other in zip(loader, loader, strict=True)] == [True] * 16
@@ -271,6 +283,34 @@ def test_an_order_that_nobody_can_draw_again() -> None:
         auto_dataloader(Numbers(4), shuffle=True, shard=False).state_dict()
     with pytest.raises(ConfigError, match="in_order=False"):
         auto_dataloader(Numbers(4), num_workers=1, in_order=False).state_dict()
+
+
+class Unseeded(Sampler[int]):
+    """Draws from somewhere that nobody seeds."""
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(random.sample(range(LENGTH), LENGTH))
+
+
+def test_a_sampler_that_draws_something_else_is_found_out() -> None:
+    """On every rank, before a sample is lost or repeated."""
+
+    def fn() -> None:
+        first = auto_dataloader(Numbers(LENGTH), sampler=Unseeded(), batch_size_per_rank=3)
+        next(iter(first))
+        again = auto_dataloader(Numbers(LENGTH), sampler=Unseeded(), batch_size_per_rank=3)
+        again.load_state_dict(first.state_dict())
+        assert again.state_dict() == first.state_dict()
+        with pytest.raises(ConfigError, match="Unseeded does not draw again what it drew in epoch 0"):
+            list(again)
+        again.set_epoch(1)
+        assert len(list(again)) == len(again)
+
+    for world_size in (1, 2):
+        run_threads(fn, world_size)
 
 
 @pytest.mark.parametrize(

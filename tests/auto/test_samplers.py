@@ -20,10 +20,12 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from idist import runtime
 from idist.auto import samplers
 from idist.auto.samplers import DistributedProxySampler, ShardSampler, batches
 from idist.errors import ConfigError, PeerFailed
 from idist.testing import run_threads
+from idist.topology import Topology
 
 WORLD_SIZES = range(1, 6)
 LENGTHS = range(24)
@@ -351,6 +353,32 @@ def test_a_proxy_streams() -> None:
     assert theirs == list(itertools.islice(Bit(20_000), 1, None, 2))
 
 
+def test_ranks_that_read_unequally_far_ahead_are_told_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes with 2 and 1 processes: the workers of a node are divided by them."""
+    monkeypatch.setattr(samplers, "_TOLD_CHUNK", 4)
+    monkeypatch.setattr(samplers, "_evenly_placed", lambda topology: False)
+
+    def fn() -> list[int]:
+        passing = iter(DistributedProxySampler(Bit(20)))
+        if runtime.current().rank == 1:
+            return []  # begins, and asks for no more
+        return list(passing)
+
+    assert list(map(len, run_threads(fn, 3))) == [7, 0, 6]
+
+
+def test_nodes_of_equally_many_processes() -> None:
+    def evenly(nproc_per_node: int, nnodes: int) -> bool:
+        return samplers._evenly_placed(Topology("", 0, 4, 0, nproc_per_node, 0, nnodes))
+
+    assert evenly(2, 2)
+    assert evenly(4, 1)
+    assert evenly(1, 4)
+    assert not evenly(3, 2)
+    assert not evenly(1, 2)
+    assert not samplers._evenly_placed(Topology("made by hand", 0, 4))
+
+
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 16])
 def test_rank_0_tells_its_order_in_parts(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     monkeypatch.setattr(samplers, "_TOLD_CHUNK", 8)
@@ -366,6 +394,7 @@ def test_rank_0_tells_its_order_in_parts(monkeypatch: pytest.MonkeyPatch, length
 
 def test_a_sampler_that_raises_later_fails_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samplers, "_TOLD_CHUNK", 1)
+    monkeypatch.setattr(samplers, "_HEAD", 1)
 
     def fn() -> str:
         passing = iter(DistributedProxySampler(Failing()))

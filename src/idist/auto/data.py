@@ -7,6 +7,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 from torch.utils.data import (
@@ -132,7 +133,7 @@ def auto_dataloader(
         dataset if not isinstance(shared, SteppedIterable) else shared,
         shared=shared,
         fed_by=lambda batches: _feed(context, batches, prefetch_to_device),
-        facts=lambda loader: _facts(loader, plan),
+        facts=partial(_facts, plan=plan),
         **options,
     )
     if plan.rank == 0:
@@ -223,7 +224,7 @@ def _share_samples(dataset: Any, options: dict[str, Any], plan: _Plan) -> Sharin
     if sampler is not None and shuffle:
         raise ConfigError("sampler and shuffle=True exclude each other: the sampler makes the order")
     if isinstance(sampler, DistributedSampler):
-        return _as_it_is(_checked(sampler, plan), size, plan)
+        return _distributed_already(sampler, size, plan)
     if plan.shard is False:
         _refuse_what_cannot_reach(plan, "what shard=False leaves as it is")
         return _as_it_is(sampler, size, plan)
@@ -240,9 +241,9 @@ def _share_samples(dataset: Any, options: dict[str, Any], plan: _Plan) -> Sharin
 def _share_batch_sampler(batch_sampler: Any, plan: _Plan) -> Sharing | AsItIs:
     inner = getattr(batch_sampler, "sampler", None)
     if isinstance(batch_sampler, DistributedSampler):
-        return _as_it_is(_checked(batch_sampler, plan), None, plan)
+        return _distributed_already(batch_sampler, None, plan)
     if isinstance(inner, DistributedSampler):
-        _checked(inner, plan)
+        _check(inner, plan)
         return _as_it_is(batch_sampler, None, plan)
     if plan.shard is None and plan.world_size > 1:
         raise ConfigError(
@@ -265,7 +266,15 @@ def _as_it_is(source: Any, size: int | None, plan: _Plan) -> AsItIs:
     return AsItIs(source, plan.rank, plan.world_size, size)
 
 
-def _checked(sampler: DistributedSampler[Any], plan: _Plan) -> DistributedSampler[Any]:
+def _distributed_already(sampler: DistributedSampler[Any], size: int | None, plan: _Plan) -> Sharing | AsItIs:
+    """One of ours knows its position in the order of all ranks."""
+    _check(sampler, plan)
+    if isinstance(sampler, Sharing) and (sampler.rank, sampler.num_replicas) == (plan.rank, plan.world_size):
+        return sampler
+    return _as_it_is(sampler, size, plan)
+
+
+def _check(sampler: DistributedSampler[Any], plan: _Plan) -> None:
     """A sampler that the user distributed."""
     _refuse_what_cannot_reach(plan, f"a {type(sampler).__name__} of yours, which has arguments for it")
     theirs, ours = (sampler.rank, sampler.num_replicas), (plan.rank, plan.world_size)
@@ -274,9 +283,8 @@ def _checked(sampler: DistributedSampler[Any], plan: _Plan) -> DistributedSample
         warnings.warn(
             f"the {type(sampler).__name__} is for rank {theirs[0]} of {theirs[1]}, this process is rank {ours[0]} of "
             f"{ours[1]}; it is used as it is",
-            stacklevel=5,
+            stacklevel=6,
         )
-    return sampler
 
 
 def _refuse_what_cannot_reach(plan: _Plan, what: str) -> None:

@@ -22,12 +22,12 @@ from torch.utils.data import (
 
 from idist import collectives
 from idist.auto.iterable import SteppedIterable, Stepwise
-from idist.auto.samplers import Progress, Sharing, batches
+from idist.auto.samplers import DistributedProxySampler, Progress, Sharing, batches
 from idist.errors import ConfigError
 
 __all__ = ["AsItIs", "Loader"]
 
-_KEYS = {"epoch", "position", "order", "generator"}
+_KEYS = {"epoch", "position", "order", "generator", "drawn"}
 
 
 class Loader(DataLoader[Any]):
@@ -105,7 +105,8 @@ class Loader(DataLoader[Any]):
         latest = self._latest
         if latest is None or latest.epoch != self._shared.epoch:
             latest = _Passing(self._shared.epoch, self._shared.start, _generator_state(self._shared))
-        return {**dataclasses.asdict(latest), "order": self._shared.identity()}
+        drawn = getattr(self._shared, "drawn", None) if latest.position else None
+        return {**dataclasses.asdict(latest), "order": self._shared.identity(), "drawn": drawn}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Let the next pass be the rest of the epoch that ``state`` comes from: the samples not had then, each once.
@@ -138,6 +139,8 @@ class Loader(DataLoader[Any]):
             generator.set_state(state["generator"])
         self._latest = None
         self._shared.resume(state["epoch"], state["position"])
+        if isinstance(self._shared, DistributedProxySampler):
+            self._shared.drawn = self._shared.expected = state["drawn"]
 
     def pairs(self) -> Iterator[tuple[Any, int]]:
         """Begin a pass of torch's loader: each batch with the position after it, for what feeds the device."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.utils.data import DistributedSampler
 from idist import collectives, runtime
 from idist.auto.permutation import Permutation
 from idist.errors import ConfigError, PeerFailed
+from idist.topology import Topology
 
 __all__ = [
     "NOTHING",
@@ -42,6 +44,17 @@ _FIRST_CHUNK, _CHUNK = 256, 8192
 
 _TOLD_CHUNK = 1 << 20
 """Items that rank 0 tells the others at a time."""
+
+_HEAD = 64
+"""Items at the beginning of an order that it is recognised by."""
+
+
+class _Chunk(NamedTuple):
+    """Some items of an order: a hash of how the order began, if it can be had, and whether no more follow."""
+
+    items: Sequence[Any]
+    drawn: str | None
+    last: bool
 
 
 class Progress:
@@ -237,14 +250,14 @@ class DistributedProxySampler(Sharing):
 
     It streams: rank 0 draws and tells 2**20 items at a time (8 MiB of integers), and holds no more. An order of more
     than that therefore takes further collectives while the pass goes on, and **all ranks go through it in step**, as
-    they do in training; with DataLoader workers they also read equally far ahead, so on nodes of equally many
-    processes.
+    they do in training. Where they would not, because nodes have unequal numbers of processes, whose workers then
+    read unequally far ahead, rank 0 tells the whole order at the beginning.
 
     With a ``num_replicas`` or ``rank`` other than the context's there is no collective: each such sampler draws
     the order itself, and they agree as far as the wrapped samplers are functions of torch's seed.
 
     Args:
-        sampler: a finite sampler, or any other iterable, with a length. If it yields more or fewer items than its
+        sampler: a sampler, or any other iterable, with a length. If it yields more or fewer items than its
             length says, what it yields is shared out. Items can be anything, batches too.
         num_replicas: number of ranks that share the items; default: the world size.
         rank: this process's place among them; default: its rank.
@@ -257,6 +270,7 @@ class DistributedProxySampler(Sharing):
         TypeError: not an iterable with a length, or distributed already.
         ConfigError: ``rank`` is not one of ``num_replicas``, or one of the numbers is not an integer.
         PeerFailed: on beginning or continuing a pass, if the wrapped sampler raised on rank 0; there, the error itself.
+        ConfigError: on beginning the rest of an epoch, if the wrapped sampler draws something else than it did then.
 
     Cost: one object broadcast per pass and 2**20 items, of 8 bytes per item if the items are integers, else of their
         pickle (trusted ranks only); none where one rank is all.
@@ -278,6 +292,8 @@ class DistributedProxySampler(Sharing):
             raise TypeError(f"a sampler is an iterable with a length (__iter__ and __len__), got {given!r}")
         super().__init__(given, num_replicas, rank, shuffle=False, seed=seed, drop_last=drop_last, pad=pad)
         self.sampler: Iterable[Any] = sampler
+        self.drawn: str | None = None  # how the order of the latest pass began
+        self.expected: str | None = None  # how it has to begin if only its rest is to be had
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next pass; a wrapped sampler that has a ``set_epoch`` is told too."""
@@ -294,53 +310,62 @@ class DistributedProxySampler(Sharing):
         """The rounds of the next pass. A collective, where rank 0's order counts."""
         chunks = self._chunks()
         first = next(chunks)  # now, so that beginning a pass is what is collective
-        items = chain(first, chain.from_iterable(chunks))
+        self.drawn = first.drawn
+        if self.start and self.expected not in (None, self.drawn):
+            raise ConfigError(
+                f"{type(self.sampler).__name__} does not draw again what it drew in epoch {self.epoch} when the state "
+                "was saved, so its rest is unknown: let it draw from torch's random numbers, which are seeded here, "
+                "from a generator of its own, or from a seed and its set_epoch"
+            )
+        items = chain(first.items, chain.from_iterable(chunk.items for chunk in chunks))
         return deal(items, self.start, self.num_replicas, self.rank, pad=self.pad, drop=self.drop_last)
 
-    def _chunks(self) -> Iterator[Sequence[Any]]:
-        """The items of all ranks, a chunk at a time; at least one, and the last is not a full one."""
+    def _chunks(self) -> Iterator[_Chunk]:
+        """The items of all ranks, some at a time; at least one chunk, and perhaps an empty one."""
         context = runtime.current()
-        told = self.num_replicas > 1 and (context.world_size, context.rank) == (self.num_replicas, self.rank)
-        chunks = self._draw(_TOLD_CHUNK if told else _CHUNK)
-        if not told:
-            return chunks
-        return self._tell(chunks) if self.rank == 0 else self._hear()
+        if self.num_replicas == 1 or (context.world_size, context.rank) != (self.num_replicas, self.rank):
+            return self._draw(_CHUNK)
+        if self.rank != 0:
+            return self._hear()
+        return self._tell(self._draw(_TOLD_CHUNK if _evenly_placed(context.topology) else sys.maxsize))
 
-    def _draw(self, size: int) -> Iterator[list[Any]]:
+    def _draw(self, size: int) -> Iterator[_Chunk]:
         random = _RandomState(mixed_seed(self.seed, self.epoch))
         with random.in_use():
             items = iter(self.sampler)
-            for _ in islice(items, self.start):
-                pass
-        while True:
+            head = list(islice(items, _HEAD))
+            drawn = hashlib.sha256(repr(head).encode()).hexdigest() if _is_plain(head) else None
+            items = islice(chain(head, items), self.start, None)
+        last = False
+        while not last:
             with random.in_use():
                 chunk = list(islice(items, size))
-            yield chunk
-            if len(chunk) < size:
-                return
+            last = len(chunk) < size
+            yield _Chunk(chunk, drawn, last)
 
-    def _tell(self, chunks: Iterator[list[Any]]) -> Iterator[Sequence[Any]]:
+    def _tell(self, chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
         # Not a comparison of all ranks' orders with a broadcast where they differ: that saves bytes (8 MB of a
         # million) but draws world-size times, and its second collective would come only on some days.
-        while True:
+        last = False
+        while not last:
             try:
-                chunk = _compact(next(chunks))
-            except StopIteration:
-                return
+                items, drawn, last = next(chunks)
             except Exception as error:
                 collectives.broadcast((None, f"{type(error).__name__}: {error}"), src=0)
                 raise
-            collectives.broadcast((chunk, None), src=0)
-            yield chunk
+            told = (_compact(items), drawn, last)
+            collectives.broadcast((told, None), src=0)
+            yield _Chunk(*told)
 
-    def _hear(self) -> Iterator[Sequence[Any]]:
-        while True:
-            chunk, failure = collectives.broadcast(None, src=0)
+    def _hear(self) -> Iterator[_Chunk]:
+        last = False
+        while not last:
+            told, failure = collectives.broadcast(None, src=0)
             if failure is not None:
                 raise PeerFailed(f"the sampler raised on rank 0, whose order counts: {failure}")
+            chunk = _Chunk(*told)
+            last = chunk.last
             yield chunk
-            if len(chunk) < _TOLD_CHUNK:
-                return
 
 
 def deal(items: Iterable[Any], start: int, num_replicas: int, rank: int, *, pad: bool, drop: bool) -> Iterator[Round]:
@@ -467,7 +492,17 @@ def mixed_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:7], "big")
 
 
-def _compact(items: list[Any]) -> Sequence[Any]:
+def _evenly_placed(topology: Topology) -> bool:
+    """Whether all nodes have equally many processes, as far as this one can tell."""
+    return topology.nproc_per_node * topology.nnodes == topology.world_size
+
+
+def _is_plain(item: Any) -> bool:
+    """Whether equal items have equal words for them."""
+    return all(map(_is_plain, item)) if isinstance(item, (list, tuple)) else isinstance(item, (int, str))
+
+
+def _compact(items: Sequence[Any]) -> Sequence[Any]:
     """Integers as an array, which travels as 8 bytes each; anything else as it is."""
     if set(map(type, items)) != {int}:
         return items
