@@ -74,7 +74,8 @@ def train_joined() -> tuple[int, list[list[float]]]:
                 optimizer.zero_grad()
                 cross_entropy(network(x), y).backward()
                 optimizer.step()
-    return len(loader), network.module.weight.tolist() if idist.get_world_size() > 1 else network.weight.tolist()
+    (weight,) = (value for name, value in network.named_parameters() if name.endswith("weight"))
+    return len(loader), weight.tolist()
 
 
 def test_a_rank_that_has_no_more_batches_does_not_stop_the_others() -> None:

@@ -38,7 +38,10 @@ _UNEVEN = ("pad", "drop", "join")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Plan:
-    """This rank, and how the data are to be shared out over all of them; ``notes`` collects what to warn of."""
+    """This rank, and how the data are to be shared out over all of them.
+
+    ``notes`` collects what rank 0 is to warn of for all, ``own_notes`` what only this rank can.
+    """
 
     rank: int
     world_size: int
@@ -47,6 +50,7 @@ class _Plan:
     shard: bool | None
     drop_last: bool
     notes: list[str] = dataclasses.field(default_factory=list)
+    own_notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def pad(self) -> bool:
@@ -136,9 +140,8 @@ def auto_dataloader(
         facts=partial(_facts, plan=plan),
         **options,
     )
-    if plan.rank == 0:
-        for note in plan.notes:
-            warnings.warn(note, stacklevel=2)
+    for note in [*(plan.notes if plan.rank == 0 else []), *plan.own_notes]:
+        warnings.warn(note, stacklevel=2)
     logger.info("%r", loader)
     return loader
 
@@ -278,12 +281,11 @@ def _check(sampler: DistributedSampler[Any], plan: _Plan) -> None:
     """A sampler that the user distributed."""
     _refuse_what_cannot_reach(plan, f"a {type(sampler).__name__} of yours, which has arguments for it")
     theirs, ours = (sampler.rank, sampler.num_replicas), (plan.rank, plan.world_size)
-    # No error, since the ranks of one model replica may share their data; and on the rank that differs, not on rank 0.
+    # No error, since the ranks of one model replica may share their data.
     if theirs != ours:
-        warnings.warn(
+        plan.own_notes.append(
             f"the {type(sampler).__name__} is for rank {theirs[0]} of {theirs[1]}, this process is rank {ours[0]} of "
-            f"{ours[1]}; it is used as it is",
-            stacklevel=6,
+            f"{ours[1]}; it is used as it is"
         )
 
 
