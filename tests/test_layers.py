@@ -27,7 +27,7 @@ LAYERS = (
     ("groups", "reductions", "wire"),
     ("collectives",),
     ("preemption", "ranks"),
-    ("auto",),
+    ("auto", "checkpoint"),
     ("launchers",),
     ("parallel",),
     ("testing",),

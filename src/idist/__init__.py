@@ -8,6 +8,7 @@ from idist.auto.optim import auto_optim
 from idist.auto.samplers import DistributedProxySampler, ShardSampler
 from idist.backends import BUILTIN as registered_computation_models
 from idist.backends import has_hvd_support, has_native_dist_support, has_xla_support
+from idist.checkpoint import load, save
 from idist.collectives import (
     Handle,
     all_gather,
@@ -101,6 +102,7 @@ __all__ = [
     "hostname",
     "initialize",
     "join",
+    "load",
     "model_name",
     "new_group",
     "one_rank_first",
@@ -108,6 +110,7 @@ __all__ = [
     "reduce_mean",
     "reduce_scatter",
     "registered_computation_models",
+    "save",
     "scatter",
     "set_local_rank",
     "should_stop",

@@ -425,6 +425,20 @@ def outcome(context: Context, group: Group, src: int, failure: str | None) -> st
     return said.decode(errors="ignore") or None
 
 
+@contextmanager
+def together(context: Context, call: Call) -> Iterator[None]:
+    """A part of ``call`` that each rank does by itself and that may fail on some: then none goes on.
+
+    Raises:
+        PeerFailed: the block raised on another rank; there its own error is raised.
+
+    Cost: one all_gather of 256 bytes.
+    """
+    with _telling(context, context.everyone, call):
+        yield
+    wire.exchange(context, context.everyone, Message(call, Kind.ABSENT))
+
+
 # Tensors
 
 

@@ -58,6 +58,8 @@ class Call(IntEnum):
     SAFE_BROADCAST = 9
     WITH_SHAPES = 10
     BARRIER = 11
+    SAVE = 12
+    LOAD = 13
 
 
 NUMBERS = frozenset({Kind.BOOL, Kind.INT, Kind.FLOAT})
@@ -231,7 +233,7 @@ def _check(messages: list[Message], group: Group) -> None:
     }
     if errors:
         said = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items())
-        raise PeerFailed(f"{messages[0].call.name.lower()} could not begin. {said}")
+        raise PeerFailed(f"{messages[0].call.name.lower()} cannot go on. {said}")
     if not agree(messages):
         raise CollectiveMismatch(explain(messages, group))
 

@@ -1,0 +1,263 @@
+"""What is on the disk: whole checkpoints alone, whatever ends a save on the way; and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import idist
+from checkpoint.test_training_goes_on import ranks
+from idist.testing import run_threads
+
+SAVES_FOR_EVER = """
+import sys, torch, idist
+
+def saves(local_rank, folder):
+    model = torch.nn.Linear(400, 400)
+    model.weight.requires_grad_(False)
+    number = 0
+    while True:
+        number += 1
+        model.weight.fill_(number)
+        idist.save(folder, model=model, number=number, keep=2)
+        if idist.get_rank() == 0:
+            print(number, flush=True)
+
+if __name__ == "__main__":
+    with idist.Parallel("gloo", nproc_per_node=int(sys.argv[2]), timeout=60) as parallel:
+        parallel.run(saves, sys.argv[1])
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_one_after_the_other(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "checkpoints"
+    assert [idist.save(folder, turn=turn).name for turn in range(3)] == ["00000001", "00000002", "00000003"]
+    assert idist.load(folder) == {"turn": 2}
+    assert idist.load(folder / "00000001") == {"turn": 0}
+    assert idist.save(str(folder), keep=2) == folder / "00000004"
+    assert names(folder) == ["00000003", "00000004"]
+    assert idist.save(folder, keep=1).name == "00000005"
+    assert names(folder) == ["00000005"]
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / ".00000001.abc.partial").mkdir()
+    (tmp_path / "00000002").mkdir()
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert idist.load(folder, missing_ok=True) == {}
+        with pytest.raises(FileNotFoundError, match=r"there is no checkpoint in .*"):
+            idist.load(folder)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_in_the_middle(tmp_path: Path, processes: int) -> None:
+    """Again and again, at any moment: the newest checkpoint is whole, and the next save begins after it."""
+    script, folder, chance = tmp_path / "saves.py", tmp_path / "run", random.Random(processes)
+    script.write_text(SAVES_FOR_EVER)
+    newest = 0
+    for _ in range(4):
+        command = [sys.executable, str(script), str(folder), str(processes)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline(), "it has not saved once"
+            time.sleep(chance.uniform(0, 0.3))
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            said = process.communicate()[0].split()
+        model = nn.Linear(400, 400)
+        number = idist.load(folder, model=model)["number"]
+        assert number >= max(map(int, said), default=1)
+        assert model.weight.eq(number).all()
+        now = int(max(name for name in names(folder) if not name.startswith(".")))
+        assert now > newest
+        newest = now
+    idist.save(folder, keep=1)
+    assert names(folder) == [f"{newest + 1:08d}"], "what the killed ones left is gone"
+
+
+def test_all_random_states_come_back(tmp_path: Path) -> None:
+    def draw() -> list[Any]:
+        return [random.random(), float(numpy.random.rand()), torch.rand(3).tolist(), numpy.random.normal()]
+
+    idist.save(tmp_path)
+    drawn = draw()
+    idist.load(tmp_path)
+    assert draw() == drawn
+
+
+def draws(folder: str, loads: bool) -> float:
+    torch.manual_seed(idist.get_rank())
+    if loads:
+        idist.load(folder)
+    else:
+        idist.save(folder)
+    return torch.rand(1).item()
+
+
+def test_each_rank_gets_its_own_random_state_back_and_others_stay_as_they_are(tmp_path: Path) -> None:
+    before = ranks(2, draws, str(tmp_path), False)
+    assert len(set(before)) == 2
+    assert ranks(2, draws, str(tmp_path), True) == before
+    torch.manual_seed(2)
+    assert ranks(3, draws, str(tmp_path), True) == [*before, torch.rand(1).item()]  # each its seed, as on two
+
+
+def test_a_save_changes_nothing(tmp_path: Path) -> None:
+    """torch's own way to get the state of an optimizer that has not stepped is to step it."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    idist.save(tmp_path, model=model, optimizer=optimizer)
+    assert optimizer.state_dict()["state"] == {}
+    other = torch.optim.Adam(model.parameters(), lr=0.5)
+    idist.load(tmp_path, model=model, optimizer=other)
+    assert other.state_dict() == optimizer.state_dict()
+
+
+def test_plain_values_of_all_kinds(tmp_path: Path) -> None:
+    values = {
+        "i": 2**62,
+        "f": 0.1,
+        "n": None,
+        "s": "é",
+        "t": (1, [True]),
+        "d": {"a": {3: b"bytes"}},
+        "x": torch.arange(3),
+    }
+    idist.save(tmp_path, **values)
+    loaded = idist.load(tmp_path)
+    assert torch.equal(loaded.pop("x"), values.pop("x"))  # type: ignore[arg-type]
+    assert loaded == values
+
+
+def test_objects_with_a_state(tmp_path: Path) -> None:
+    scaler, fresh = torch.amp.GradScaler("cpu", init_scale=32.0), torch.amp.GradScaler("cpu")
+    idist.save(tmp_path, scaler=scaler, epoch=1)
+    assert idist.load(tmp_path, scaler=fresh) == {"epoch": 1}
+    assert fresh.get_scale() == 32.0
+    assert idist.load(tmp_path)["scaler"] == scaler.state_dict()
+
+
+class Attack:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch attacked",)
+
+
+@pytest.mark.parametrize("value", [argparse.Namespace(a=1), lambda: None, Attack(), {"deep": [object()]}])
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path: Path, value: Any) -> None:
+    idist.save(tmp_path, good=1)
+    with pytest.raises(idist.ConfigError, match=r"'config', .*, is not plain data"):
+        idist.save(tmp_path, config=value)
+    assert idist.load(tmp_path) == {"good": 1}
+    assert names(tmp_path) == ["00000001"]
+
+
+@pytest.mark.parametrize("file", ["details.pt", ".metadata"])
+def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(2, 2)
+    checkpoint = idist.save("run", model=model)
+    if file == ".metadata":
+        (checkpoint / file).write_bytes(pickle.dumps(Attack()))
+    else:
+        torch.save({"values": Attack()}, checkpoint / file)
+    with pytest.raises(pickle.UnpicklingError):
+        idist.load("run", model=model)
+    assert not Path("attacked").exists()
+
+
+BAD: dict[str, tuple[Callable[[Path, nn.Module], Any], str]] = {
+    "keep": (lambda path, model: idist.save(path, keep=0), "keep is the number of checkpoints to keep"),
+    "optimizer alone": (
+        lambda path, model: idist.save(path, optimizer=torch.optim.SGD(model.parameters())),
+        "optimizer without model",
+    ),
+    "optimizer of another model": (
+        lambda path, model: idist.save(path, model=model, optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters())),
+        "2 of the optimizer's 2 parameters are not of this model",
+    ),
+    "a checkpoint as the folder": (lambda path, model: idist.save(path / "00000001"), "is itself a checkpoint"),
+    "a shape": (
+        lambda path, model: idist.load(path, model=nn.Linear(3, 2)),
+        r"does not fit the model: weight: \[2, 2\] in the checkpoint, \[2, 3\] in the model",
+    ),
+    "a parameter too few": (
+        lambda path, model: idist.load(path, model=nn.Linear(2, 2, bias=False)),
+        "does not fit the model: not in the model: bias",
+    ),
+    "a parameter too many": (
+        lambda path, model: idist.load(path, model=nn.Sequential(nn.Linear(2, 2))),
+        "not in the checkpoint: 0.bias; not in the checkpoint: 0.weight; not in the model: bias",
+    ),
+    "no optimizer in it": (
+        lambda path, model: idist.load(path, model=model, optimizer=torch.optim.SGD(model.parameters())),
+        "was saved without an optimizer",
+    ),
+    "no loader in it": (lambda path, model: idist.load(path, loader=object()), "was saved without a loader"),
+    "no such value": (
+        lambda path, model: idist.load(path, scaler=torch.amp.GradScaler("cpu")),
+        "has no 'scaler'; it has epoch",
+    ),
+    "a plain value": (
+        lambda path, model: idist.load(path, epoch=1),
+        "epoch=1: load puts back objects with load_state_dict",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_does_not_fit_is_told_and_changes_nothing(tmp_path: Path, what: str) -> None:
+    model = nn.Linear(2, 2)
+    idist.save(tmp_path, model=model, epoch=1)
+    before = [parameter.clone() for parameter in model.parameters()]
+    call, message = BAD[what]
+    with pytest.raises(idist.ConfigError, match=message):
+        call(tmp_path, model)
+    assert names(tmp_path) == ["00000001"]
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_another_number_of_groups(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    idist.save(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters()))
+    apart = torch.optim.SGD([{"params": [parameter]} for parameter in model.parameters()])
+    with pytest.raises(idist.ConfigError, match=r"1 groups of 2 parameters in the checkpoint, 2 groups of 1, 1 here"):
+        idist.load(tmp_path, model=model, optimizer=apart)
+
+
+def test_one_rank_that_fails_is_heard_by_all(tmp_path: Path) -> None:
+    class Loader:
+        def state_dict(self) -> dict[str, int]:
+            if idist.get_rank() == 1:
+                raise KeyError("lost")
+            return {}
+
+    def saves() -> str:
+        try:
+            idist.save(tmp_path / "run", loader=Loader())
+        except (KeyError, idist.PeerFailed) as error:
+            return f"{type(error).__name__}: {error}"
+        return "saved"
+
+    heard = run_threads(saves, 3)
+    assert heard[1] == "KeyError: 'lost'"
+    assert heard[0] == heard[2] == "PeerFailed: save cannot go on. rank 1: KeyError: 'lost'"
+    assert not (tmp_path / "run").exists()
