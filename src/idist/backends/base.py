@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from inspect import signature
 from typing import Any, ClassVar, Protocol
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from idist.errors import UnknownArgument, did_you_mean
+from idist.errors import ConfigError, UnknownArgument, did_you_mean
 from idist.topology import Topology
 
 
@@ -215,6 +216,23 @@ class Backend(ABC):
         """The model on :meth:`device` already, with at least one trainable parameter, made to train
         on all ranks alike.
         """
+
+    def shard_model(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        """The model, as for :meth:`wrap_model`, with each rank holding a part of every parameter."""
+        raise ConfigError(
+            f"backend {self.name!r} does not shard models: strategy='fsdp' needs one of torch.distributed"
+        )
+
+    def no_sync(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """A block in which the backward pass leaves gradients as they are, for a later one to reduce all.
+
+        Where the backend cannot, they are reduced every time: more work, the same gradients.
+        """
+        return nullcontext()
+
+    def clip_grad_norm_(self, model: torch.nn.Module, max_norm: float, norm_type: float) -> Tensor:
+        """Scale the gradients, those of all ranks, to this norm at most; returns what it was."""
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type)
 
     def wrap_optimizer(self, optimizer: Optimizer, **options: Any) -> Optimizer:
         """The optimizer, made to step with reduced gradients if wrapping the model did not do that."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupMember
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
@@ -234,6 +235,34 @@ class C10d(Backend):
         # https://github.com/pytorch/pytorch/issues/56297
         vars(wrapped)["process_group"] = vars(wrapped).pop("process_group")
         return wrapped
+
+    def shard_model(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        """See :func:`idist.backends.fsdp.shard`, which takes ``options``."""
+        from idist.backends.fsdp import shard
+
+        group = GroupMember.WORLD
+        assert group is not None, "a backend that is started or adopted has a group"
+        return shard(model, DeviceMesh.from_group(group, self._device.type), **options)
+
+    @contextmanager
+    def no_sync(self, model: torch.nn.Module) -> Iterator[None]:
+        wrapped: Any = model  # a compiled one passes on what it is asked for
+        if hasattr(wrapped, "no_sync"):
+            with wrapped.no_sync():
+                yield
+        elif hasattr(wrapped, "set_requires_gradient_sync"):  # a sharded one
+            wrapped.set_requires_gradient_sync(False)
+            try:
+                yield
+            finally:
+                wrapped.set_requires_gradient_sync(True)
+        else:
+            yield
+
+    def clip_grad_norm_(self, model: torch.nn.Module, max_norm: float, norm_type: float) -> Tensor:
+        norm: Any = super().clip_grad_norm_(model, max_norm, norm_type)
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
+        return whole
 
     # Devices
 

@@ -74,3 +74,13 @@ class Serial(Backend):
             if name not in known:
                 raise UnknownArgument(f"auto_model does not know the argument {name!r}.{did_you_mean(name, known)}")
         return model
+
+    def shard_model(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        """The model itself: there is nobody to share it with."""
+        from idist.backends.fsdp import shard
+
+        known = signature(shard).parameters
+        for name in options:
+            if name not in known:
+                raise UnknownArgument(f"auto_model does not know the argument {name!r}.{did_you_mean(name, known)}")
+        return model

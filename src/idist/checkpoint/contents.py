@@ -151,7 +151,7 @@ def read(tensors: dict[str, Tensor], folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from warning of what is meant: that there is no process group, and that one process reads and writes."""
+    """Keep torch from warning that there is no process group, and so that one process reads and writes alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
