@@ -24,7 +24,7 @@ LAYERS = (
     ("rendezvous",),
     ("backends",),
     ("runtime",),
-    ("groups", "reductions", "wire"),
+    ("groups", "logs", "randomness", "reductions", "wire"),
     ("collectives",),
     ("preemption", "ranks"),
     ("auto", "checkpoint"),

@@ -1,6 +1,7 @@
 """One PyTorch training script, every way to run it."""
 
 from idist.auto.data import auto_dataloader
+from idist.auto.gradients import MicroBatch, accumulate, clip_grad_norm_
 from idist.auto.join import join
 from idist.auto.loader import Loader
 from idist.auto.model import auto_model
@@ -35,8 +36,10 @@ from idist.errors import (
 )
 from idist.groups import new_group
 from idist.launchers.argv import drop_local_rank as _drop_local_rank
+from idist.logs import get_logger, print_once
 from idist.parallel import Parallel, spawn
 from idist.preemption import should_stop
+from idist.randomness import seed_all
 from idist.ranks import (
     available_backends,
     backend,
@@ -68,12 +71,14 @@ __all__ = [
     "IdistError",
     "LaunchError",
     "Loader",
+    "MicroBatch",
     "Parallel",
     "PeerFailed",
     "ShardSampler",
     "Topology",
     "UnknownArgument",
     "WorkerFailed",
+    "accumulate",
     "all_gather",
     "all_gather_tensors_with_shapes",
     "all_reduce",
@@ -86,10 +91,12 @@ __all__ = [
     "backend",
     "barrier",
     "broadcast",
+    "clip_grad_norm_",
     "device",
     "finalize",
     "gather",
     "get_local_rank",
+    "get_logger",
     "get_nnodes",
     "get_node_rank",
     "get_nproc_per_node",
@@ -107,11 +114,13 @@ __all__ = [
     "new_group",
     "one_rank_first",
     "one_rank_only",
+    "print_once",
     "reduce_mean",
     "reduce_scatter",
     "registered_computation_models",
     "save",
     "scatter",
+    "seed_all",
     "set_local_rank",
     "should_stop",
     "show_config",
