@@ -129,6 +129,36 @@ def test_checkpoint(rank: int, size: int, folder: str) -> None:
     near(weights(read), weights(network()), 0)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_that_is_ours(rank: int, size: int, alone: list[Tensor], folder: str, strategy: str) -> None:
+    """Sharding, accumulation, clipping and checkpoints: what was saved half way ends as what was not."""
+    data = batches(rank, size)
+
+    def some(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            for part, (x, y) in enumerate(zip(data[step][0].chunk(2), data[step][1].chunk(2), strict=True)):
+                with idist.accumulate(model, part, every=2) as micro:
+                    ((model(x) - y).square().mean() * micro.scale).backward()
+            assert idist.clip_grad_norm_(model, 1e6) > 0
+            optimizer.step()
+            optimizer.zero_grad()
+
+    ended = []
+    for begins in (0, 5):
+        model = idist.auto_model(network(), strategy=strategy)
+        optimizer = idist.auto_optim(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        some(model, optimizer, range(begins))
+        if begins:
+            assert idist.load(folder, model=model, optimizer=optimizer) == {"step": 5}
+        else:
+            some(model, optimizer, range(5))
+            idist.save(folder, model=model, optimizer=optimizer, step=5)
+        some(model, optimizer, range(5, STEPS))
+        ended.append(weights(model))
+    near(ended[0], alone, 1e-5)
+    near(ended[1], ended[0], 0)
+
+
 def test_device_mesh_and_dtensor(rank: int, size: int) -> None:
     mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("a", "b"))
     assert mesh.size() == size
