@@ -21,6 +21,7 @@ from torch import nn
 
 import idist
 from checkpoint.test_training_goes_on import ranks
+from idist.checkpoint import folders
 from idist.testing import run_threads
 
 SAVES_FOR_EVER = """
@@ -261,3 +262,73 @@ def test_one_rank_that_fails_is_heard_by_all(tmp_path: Path) -> None:
     assert heard[1] == "KeyError: 'lost'"
     assert heard[0] == heard[2] == "PeerFailed: save cannot go on. rank 1: KeyError: 'lost'"
     assert not (tmp_path / "run").exists()
+
+
+def saves_in_the_background(folder: str, strategy: str) -> list[Any]:
+    """What is saved is what was there at the call, whatever is done to it while it is written."""
+    model = idist.auto_model(nn.Linear(500, 500), strategy=strategy)
+    handles = []
+    for step in range(3):
+        set_to(model, step)
+        handles.append(idist.save(folder, model=model, step=step, keep=2, async_op=True))
+        set_to(model, -1)
+    said: list[Any] = [handle.wait().name for handle in handles]
+    said.append(idist.load(folder, model=model))
+    said.append({value for parameter in model.parameters() for value in local(parameter).unique().tolist()})
+    return said
+
+
+def set_to(model: nn.Module, value: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local(parameter).fill_(value)
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter.detach()
+
+
+@pytest.mark.parametrize(("size", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_in_the_background(tmp_path: Path, size: int, strategy: str) -> None:
+    for said in ranks(size, saves_in_the_background, str(tmp_path), strategy):
+        assert said == ["00000001", "00000002", "00000003", {"step": 2}, {2.0}]
+    assert names(tmp_path) == ["00000002", "00000003"]
+
+
+def saves_and_ends(folder: str) -> None:
+    idist.save(folder, step=1, async_op=True)
+
+
+def test_the_end_waits_for_what_is_being_written(tmp_path: Path) -> None:
+    ranks(2, saves_and_ends, str(tmp_path))
+    assert idist.load(tmp_path) == {"step": 1}
+
+
+def test_plain_values_in_the_background_are_those_of_the_call(tmp_path: Path) -> None:
+    counts = [1, 2]
+    handle = idist.save(tmp_path, counts=counts, async_op=True)
+    counts.append(3)
+    handle.wait()
+    assert idist.load(tmp_path) == {"counts": [1, 2]}
+    idist.finalize()
+
+
+def fails_in_the_background(folder: str) -> str:
+    def full(*args: Any) -> Path:
+        raise OSError("no space left on device")
+
+    folders.complete, complete = full, folders.complete
+    try:
+        handle = idist.save(folder, step=1, async_op=True)
+        with pytest.raises((OSError, idist.PeerFailed), match="no space left") as caught:
+            handle.wait()
+    finally:
+        folders.complete = complete
+    idist.save(folder, step=2)  # it has been told once
+    return type(caught.value).__name__
+
+
+def test_a_failure_in_the_background_is_heard_by_all(tmp_path: Path) -> None:
+    assert ranks(2, fails_in_the_background, str(tmp_path)) == ["OSError", "PeerFailed"]
+    assert idist.load(tmp_path) == {"step": 2}
+    assert len(names(tmp_path)) == 1

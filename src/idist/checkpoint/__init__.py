@@ -15,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from idist import collectives
-from idist.checkpoint import folders, random_states
+from idist.checkpoint import background, folders, random_states
 from idist.errors import ConfigError
 from idist.runtime import current
 from idist.wire import Call
@@ -30,8 +30,9 @@ def save(
     optimizer: Optimizer | None = None,
     loader: Any = None,
     keep: int | None = None,
+    async_op: bool = False,
     **values: Any,
-) -> Path:
+) -> Any:
     """Write a checkpoint. Every rank calls this.
 
     It gets its name when all of it is on the disk: whatever happens on the way, those that were there
@@ -43,6 +44,9 @@ def save(
         optimizer: of parameters of ``model``.
         loader: the one that :func:`idist.auto_dataloader` returned, in the middle of an epoch or not.
         keep: how many checkpoints to keep, the newest ones; default: all.
+        async_op: return a :class:`Handle` when all is copied to the memory of the CPU, and write while training goes
+            on. Its ``wait()``, called on all ranks, returns the folder; the next save waits for it by itself, and so
+            does :func:`idist.finalize`. Needs a process group of torch, if there are several ranks.
         **values: what else to save: objects with ``state_dict()`` (schedulers, a GradScaler), tensors, and plain
             data: numbers, strings, lists, dicts, ... Rank 0's count.
 
@@ -62,20 +66,33 @@ def save(
     from idist.checkpoint import contents  # with all that torch needs for it, which is much
 
     context, folder = current(), Path(path)
+    background.finish_latest(context)
     with collectives.together(context, Call.SAVE):
         folders.check_keep(keep)
         tensors, details = contents.of(model, optimizer)
         details["values"] = {name: contents.of_value(name, value) for name, value in values.items()}
-        mine = {"random": random_states.get(context.backend.device()), "loader": loader and loader.state_dict()}
+        mine = {
+            "random": random_states.get(context.backend.device()),
+            "loader": None if loader is None else loader.state_dict(),
+        }
     details["by_rank"] = collectives.gather(mine)
     with collectives.together(context, Call.SAVE):
         begun = folders.begin(folder) if context.rank == 0 else None
     partial: Path = collectives.broadcast(begun)
     with collectives.together(context, Call.SAVE):
         folders.check_shared(partial)
-    contents.write(context, tensors, partial)
+        packed = folders.packed(details) if context.rank == 0 else b""
+        if async_op:
+            tensors = contents.copied(tensors)
+
+    def write(group: Any) -> Path | None:
+        contents.write(tensors, partial, context.rank, group)
+        return folders.complete(partial, packed, keep) if context.rank == 0 else None
+
+    if async_op:
+        return background.begin(context, write)
     with collectives.together(context, Call.SAVE):
-        done = folders.complete(partial, details, keep) if context.rank == 0 else None
+        done = write(None)
     named: Path = collectives.broadcast(done)
     return named
 

@@ -27,10 +27,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from idist import collectives
 from idist.errors import ConfigError
-from idist.runtime import Context
-from idist.wire import Call
 
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 _METADATA = ".metadata"
@@ -102,14 +99,19 @@ def of_value(name: str, value: Any) -> Any:
     return state
 
 
-def write(context: Context, tensors: dict[str, Tensor], folder: Path) -> None:
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the memory of the CPU, which training does not change."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def write(tensors: Mapping[str, Tensor], folder: Path, rank: int, group: dist.ProcessGroup | None = None) -> None:
     """Write the tensors. All ranks call this; without a process group of torch rank 0 alone writes."""
     alone = not dist.is_initialized()
-    with collectives.together(context, Call.SAVE):
-        if tensors and (context.rank == 0 or not alone):
-            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-            with _quiet():
-                dcp.save(dict(tensors), storage_writer=FileSystemWriter(folder), planner=planner, no_dist=alone)
+    if tensors and (rank == 0 or not alone):
+        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        writer = FileSystemWriter(folder)
+        with _quiet():
+            dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
 
 def room(

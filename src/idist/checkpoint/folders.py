@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import shutil
@@ -42,10 +43,17 @@ def check_shared(partial: Path) -> None:
         )
 
 
-def complete(partial: Path, details: dict[str, Any], keep: int | None) -> Path:
+def packed(details: dict[str, Any]) -> bytes:
+    """As :func:`complete` writes them."""
+    buffer = io.BytesIO()
+    torch.save(details, buffer)
+    return buffer.getvalue()
+
+
+def complete(partial: Path, details: bytes, keep: int | None) -> Path:
     """Write the rest, give the checkpoint its name, and remove those that are not to be kept."""
     with (partial / _DETAILS).open("wb") as file:
-        torch.save(details, file)
+        file.write(details)
         file.flush()
         os.fsync(file.fileno())
     _sync(partial)
@@ -76,7 +84,7 @@ def newest(path: Path, missing_ok: bool) -> Path | None:
 
 
 def details(checkpoint: Path) -> dict[str, Any]:
-    """What :func:`complete` wrote."""
+    """What :func:`packed` was given."""
     loaded: dict[str, Any] = torch.load(checkpoint / _DETAILS, map_location="cpu", weights_only=True)
     return loaded
 
