@@ -147,13 +147,26 @@ class Loader(DataLoader[Any]):
         shared = self._shared
         if isinstance(shared, SteppedIterable):
             self._renew_workers((shared.epoch, shared.start))
-            return iter(super().__iter__())
-        host = super().__iter__()
+            return iter(self._begun(shared.start))
+        host = self._begun(shared.start)
         if isinstance(shared, AsItIs):
             return _numbered(host, shared.start)
         if isinstance(self.batch_sampler, _Steps):
             return zip(host, _popped(self.batch_sampler.positions), strict=False)
         return zip(host, count(shared.start + shared.num_replicas, shared.num_replicas), strict=False)
+
+    def _begun(self, start: int) -> Iterator[Any]:
+        """A pass of torch's loader, which draws a seed for its workers from the program's random numbers.
+
+        The first part of a pass that is resumed has drawn it already, so the rest gives it back.
+        """
+        if start == 0:
+            return super().__iter__()
+        state = torch.get_rng_state()
+        try:
+            return super().__iter__()
+        finally:
+            torch.set_rng_state(state)
 
     def _one_pass(self, fed: Iterator[Any], passing: _Passing) -> Iterator[Any]:
         for batch, after in fed:
