@@ -44,7 +44,7 @@ def auto_model(model: torch.nn.Module, sync_bn: bool = False, **kwargs: Any) -> 
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return model
     wrapped = context.backend.wrap_model(model, sync_bn=sync_bn, **kwargs)
-    if wrapped is model and context.world_size > 1:
+    if wrapped is model and context.world_size > 1 and not context.backend.optimizer_reduces:
         raise ConfigError(
             f"backend {context.backend.name!r} does not synchronise the gradients of a model, and there are "
             f"{context.world_size} ranks: each would train a model of its own. Use a backend that does."
