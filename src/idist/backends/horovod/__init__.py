@@ -139,7 +139,7 @@ class Horovod(Backend):
 
     def all_to_all_into(self, out: Tensor, tensor: Tensor, group: Group) -> Work:
         handle = self._hvd.alltoall_async(_wire(tensor), **self._call(group))
-        return self._work(handle, _wire(out).copy_)
+        return self._work(handle, lambda received: _wire(out).copy_(received[0]))  # beside how much is from whom
 
     def barrier(self, group: Group) -> None:
         # Horovod's own barrier takes no name, and so would wait for ever after a call that only some ranks made.
@@ -214,7 +214,7 @@ class Horovod(Backend):
         process_set = self._hvd.global_process_set if group.handle is None else group.handle
         return {"name": f"idist {kind} {self._calls[group.ranks]}", "process_set": process_set}
 
-    def _work(self, handle: int, finish: Callable[[Tensor], object] | None = None) -> Work:
+    def _work(self, handle: int, finish: Callable[[Any], object] | None = None) -> Work:
         return library.HorovodWork(self._hvd, handle, self._timeout, finish)
 
     @property

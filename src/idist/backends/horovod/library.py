@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from idist.backends.base import accelerator
 from idist.backends.c10d import device_index
@@ -115,7 +114,7 @@ class HorovodWork:
     """
 
     def __init__(
-        self, hvd: Any, handle: int, timeout: timedelta, finish: Callable[[Tensor], object] | None = None
+        self, hvd: Any, handle: int, timeout: timedelta, finish: Callable[[Any], object] | None = None
     ) -> None:
         self._hvd = hvd
         self._handle: int | None = handle
