@@ -39,7 +39,7 @@ test-mpich test-openmpi: test-%: env-mpich env-openmpi
 	$(VENV)-$*/bin/python -m pytest -m mpi tests/mpi tests/examples/test_readme_commands.py $(ARGS)
 
 test-horovod: env-horovod ## run the tests that need Horovod
-	$(VENV)-horovod/bin/python -m pytest -m horovod tests/horovod tests/examples/test_readme_commands.py $(ARGS)
+	$(VENV)-horovod/bin/python -m pytest -m horovod tests/hvd tests/examples/test_readme_commands.py $(ARGS)
 
 bench-mpi: env-mpich env-openmpi ## compare mpi with gloo, with MPICH and with Open MPI
 	for mpi in mpich openmpi; do \

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,6 @@ from idist.topology import Topology
 _DOCUMENT = "docs/backends/horovod.md of idist"
 _BUILD = f'`pip install numpy "$(tools/horovod-wheel.sh)"` builds and installs it: see {_DOCUMENT}.'
 _LONGEST_PAUSE_S = 0.001
-_STALL_CHECK_S = 60
 
 
 def installed() -> Path | None:
@@ -89,8 +88,31 @@ def training_device(hvd: Any, requested: torch.device | None, placed: Topology |
     return device
 
 
+def await_all(hvd: Any, handles: Iterable[int], timeout: timedelta) -> None:
+    """Return when all these calls of Horovod have ended, well or not.
+
+    Horovod itself keeps a core busy while it waits and does not hear of Ctrl-C. Nor has it a timeout: its stall
+    check sees nothing when it talks by Gloo, because it then looks through an empty list of ranks.
+    https://github.com/horovod/horovod/blob/v0.28.1/horovod/common/gloo/gloo_controller.cc#L92
+
+    Raises:
+        PeerFailed: not in time.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    for handle in handles:
+        pause = _LONGEST_PAUSE_S / 16
+        while not hvd.poll(handle):
+            if time.monotonic() > deadline:
+                raise PeerFailed(
+                    f"a collective timed out: not all ranks joined it within {timeout.total_seconds():g} s. Did one "
+                    "fail, end, or take another path through the script?"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
 @contextmanager
-def clear_errors(hvd: Any, timeout: timedelta) -> Iterator[None]:
+def clear_errors(hvd: Any) -> Iterator[None]:
     """Horovod tells a disagreement and the end of another rank by one type, and says little of the second."""
     try:
         yield
@@ -98,12 +120,9 @@ def clear_errors(hvd: Any, timeout: timedelta) -> Iterator[None]:
         said = str(error)
         if said.startswith("Mismatched"):
             raise CollectiveMismatch(said) from error
-        if "has been shut down" in said or "Horovod background loop" in said:
-            raise PeerFailed(
-                "Horovod has ended on this rank: another rank failed, ended, or did not join a collective within "
-                f"{timeout.total_seconds():g} s. Look for that rank's error first; rank 0 prints which were missing."
-            ) from error
-        raise
+        raise PeerFailed(
+            f"another rank failed or ended while this one waited for it, and Horovod with it: {said}"
+        ) from error
 
 
 class HorovodWork:
@@ -125,12 +144,9 @@ class HorovodWork:
         """See :class:`idist.backends.base.Work`."""
         if self._handle is None:
             return
+        await_all(self._hvd, [self._handle], self._timeout)
         handle, self._handle = self._handle, None
-        pause = _LONGEST_PAUSE_S / 16
-        while not self._hvd.poll(handle):  # it would keep a core busy, and not hear of Ctrl-C
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
-        with clear_errors(self._hvd, self._timeout):
+        with clear_errors(self._hvd):
             result = self._hvd.synchronize(handle)
         if self._finish is not None:
             self._finish(result)
@@ -158,7 +174,8 @@ class Session:
         if topology.nnodes == 1:
             host = "127.0.0.1"
         told = _place(store, topology) | {"HOROVOD_GLOO_RENDEZVOUS_ADDR": host, "HOROVOD_GLOO_RENDEZVOUS_PORT": port}
-        told |= _limits(timeout, os.environ)
+        if timeout is not None:  # of its connections: a process that was stopped answers nobody
+            told["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(math.ceil(timeout.total_seconds()))
         told |= _defaults(topology, os.environ)
         self._before = {name: os.environ.get(name) for name in told}
         self._store_server: dist.TCPStore | None = None
@@ -218,26 +235,6 @@ def _place(store: dist.Store, topology: Topology) -> dict[str, str]:
         "CPU_OPERATIONS": "gloo",
     }
     return {f"HOROVOD_{name}": str(value) for name, value in told.items()}
-
-
-def _limits(timeout: timedelta | None, env: Mapping[str, str]) -> dict[str, str]:
-    """How long ranks wait for each other in a collective. Horovod would only warn, each minute, for ever.
-
-    It looks every so often, in whole seconds, so what it is told is that much less than the timeout.
-
-    Source: https://horovod.readthedocs.io/en/stable/stall_inspector.html
-    """
-    from torch.distributed.constants import default_pg_timeout
-
-    seconds = math.ceil((timeout or default_pg_timeout).total_seconds())
-    check = min(_STALL_CHECK_S, max(1, seconds // 4))
-    told = {
-        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(check),
-        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(max(check, seconds - check)),
-    }
-    if timeout is not None:  # of the connections too: a process that is stopped answers nobody
-        return told | {"HOROVOD_GLOO_TIMEOUT_SECONDS": str(seconds)}
-    return {} if told.keys() & env.keys() else told
 
 
 def _defaults(topology: Topology, env: Mapping[str, str]) -> dict[str, str]:

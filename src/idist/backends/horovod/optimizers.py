@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
-from idist.backends.horovod.library import clear_errors
+from idist.backends.horovod.library import await_all, clear_errors
 from idist.errors import ConfigError, UnknownArgument, did_you_mean
 
 
@@ -96,7 +96,9 @@ def _reduce_after_backward(hvd: Any, optimizer: Any, timeout: timedelta) -> None
 
     def synchronize(self: Any) -> None:
         if not self._synchronized:
-            with clear_errors(hvd, timeout):
+            _launch(self)
+            await_all(hvd, [handle for handle, _ in self._handles.values() if isinstance(handle, int)], timeout)
+            with clear_errors(hvd):
                 reduce(self)
 
     def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
@@ -138,3 +140,13 @@ def _reduce_after_backward(hvd: Any, optimizer: Any, timeout: timedelta) -> None
     made.synchronize, made.step, made.zero_grad, made.add_param_group = synchronize, step, zero_grad, add_param_group
     for parameter in optimizer._requires_update:
         parameter.register_post_accumulate_grad_hook(after_gradient)
+
+
+def _launch(optimizer: Any) -> None:
+    """Begin to reduce the gradients that no hook has begun with: this rank had no use for the parameter."""
+    begun: set[Any] = set()
+    for key, (handle, _) in optimizer._handles.items():
+        if handle is not None:
+            begun.update(key if isinstance(key, tuple) else (key,))
+    for parameter in optimizer._requires_update - begun:
+        optimizer._handles[parameter] = optimizer._allreduce_grad_async(parameter)
