@@ -160,7 +160,7 @@ def test_equals_gloo(make: Callable[[torch.nn.Module], Optimizer], train: Train,
 def test_parameters_and_buffers_of_rank_0(rank: int) -> None:
     """Of every type, exactly; Horovod broadcasts no bfloat16."""
     model = torch.nn.Linear(3, 2)
-    model.half = torch.nn.Parameter(torch.full((2, 2), 1.0 + rank).to(torch.bfloat16))
+    model.brain = torch.nn.Parameter(torch.full((2, 2), 1.0 + rank).to(torch.bfloat16))
     model.wide = torch.nn.Parameter(torch.full((2, 3, 4, 5), float(rank)).contiguous(memory_format=torch.channels_last))
     for name, value in {
         "truth": torch.tensor([rank == 0]),
@@ -172,7 +172,7 @@ def test_parameters_and_buffers_of_rank_0(rank: int) -> None:
         model.register_buffer(name, value)
     wrapped = idist.auto_model(model)
     assert wrapped is model
-    assert model.half.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert model.brain.tolist() == [[1.0, 1.0], [1.0, 1.0]]
     assert model.wide.eq(0).all()
     assert model.truth.item() is True
     assert model.count.item() == 2**53 + 1
@@ -300,7 +300,8 @@ def test_state_dict_is_that_of_the_bare_one(rank: int) -> None:
     again = idist.auto_optim(adamw(model))
     again.load_state_dict(pickle.loads(pickle.dumps(state)))
     assert str(again.state_dict()) == str(state)
-    run(model, again, plainly, rank)
+    plainly(model, again, *next(batches(rank)))
+    assert {entry["step"].item() for entry in again.state_dict()["state"].values()} == {STEPS + 1}
 
 
 def test_no_state_is_no_state() -> None:

@@ -121,25 +121,24 @@ class Horovod(Backend):
         return op in _OPS and dtype in _REDUCED
 
     def all_reduce_(self, tensor: Tensor, op: str, group: Group) -> Work:
-        reduction = getattr(self._hvd, _OPS[op])
-        return self._work(self._hvd.allreduce_async_(tensor, op=reduction, **self._call(group)))
+        return self._call(group, self._hvd.allreduce_async_, tensor, op=getattr(self._hvd, _OPS[op]))
 
     def all_gather_into(self, out: Tensor, tensor: Tensor, group: Group) -> Work:
-        handle = self._hvd.allgather_async(_wire(tensor), **self._call(group))
-        return self._work(handle, _wire(out).copy_)
+        return self._call(group, self._hvd.allgather_async, _wire(tensor), finish=_wire(out).copy_)
 
     def broadcast_(self, tensor: Tensor, src: int, group: Group) -> Work:
-        return self._work(self._hvd.broadcast_async_(_wire(tensor), src, **self._call(group)))
+        return self._call(group, self._hvd.broadcast_async_, _wire(tensor), src)
 
     def reduce_scatter_into(self, out: Tensor, tensor: Tensor, op: str, group: Group) -> Work:
         if op != "SUM":
             return super().reduce_scatter_into(out, tensor, op, group)
-        handle = self._hvd.reducescatter_async(tensor, op=self._hvd.Sum, **self._call(group))
-        return self._work(handle, out.copy_)
+        return self._call(group, self._hvd.reducescatter_async, tensor, op=self._hvd.Sum, finish=out.copy_)
 
     def all_to_all_into(self, out: Tensor, tensor: Tensor, group: Group) -> Work:
-        handle = self._hvd.alltoall_async(_wire(tensor), **self._call(group))
-        return self._work(handle, lambda received: _wire(out).copy_(received[0]))  # beside how much is from whom
+        def finish(received: tuple[Tensor, Tensor]) -> None:
+            _wire(out).copy_(received[0])  # the second tells how much is from whom
+
+        return self._call(group, self._hvd.alltoall_async, _wire(tensor), finish=finish)
 
     def barrier(self, group: Group) -> None:
         # Horovod's own barrier takes no name, and so would wait for ever after a call that only some ranks made.
@@ -203,18 +202,25 @@ class Horovod(Backend):
 
     # How
 
-    def _call(self, group: Group) -> dict[str, Any]:
-        """Its process set, and a name that all members of the group find alike.
+    def _call(
+        self,
+        group: Group,
+        function: Callable[..., int],
+        *args: Any,
+        finish: Callable[[Any], object] | None = None,
+        **options: Any,
+    ) -> Work:
+        """Call Horovod with the process set of the group, and a name that all its members find alike.
 
         Horovod matches the calls of ranks by name. One that it makes up counts all calls of a rank, so that after
         a call that only some ranks made the ranks wait for each other under different names for ever.
         """
         self._calls[group.ranks] += 1
         kind = "all" if group.size == self.world_size else ",".join(map(str, group.ranks))
+        name = f"idist {kind} {self._calls[group.ranks]}"
         process_set = self._hvd.global_process_set if group.handle is None else group.handle
-        return {"name": f"idist {kind} {self._calls[group.ranks]}", "process_set": process_set}
-
-    def _work(self, handle: int, finish: Callable[[Any], object] | None = None) -> Work:
+        with library.clear_errors(self._hvd):
+            handle = function(*args, name=name, process_set=process_set, **options)
         return library.HorovodWork(self._hvd, handle, self._timeout, finish)
 
     @property
@@ -223,8 +229,11 @@ class Horovod(Backend):
 
     def _from_rank_0(self, tensor: Tensor) -> Work:
         flat = tensor.contiguous().view(-1)
-        handle = self._hvd.broadcast_async_(_wire(flat), 0, **self._call(self._everyone))
-        return self._work(handle, lambda _: tensor.copy_(flat.view(tensor.shape)))
+
+        def finish(_: Tensor) -> None:
+            tensor.copy_(flat.view(tensor.shape))
+
+        return self._call(self._everyone, self._hvd.broadcast_async_, _wire(flat), 0, finish=finish)
 
     def _bytes_of_rank_0(self, mine: bytes) -> bytes:
         length = torch.tensor([len(mine)])

@@ -96,7 +96,8 @@ def _reduce_after_backward(hvd: Any, optimizer: Any, timeout: timedelta) -> None
 
     def synchronize(self: Any) -> None:
         if not self._synchronized:
-            _launch(self)
+            with clear_errors(hvd):
+                _launch(self)
             await_all(hvd, [handle for handle, _ in self._handles.values() if isinstance(handle, int)], timeout)
             with clear_errors(hvd):
                 reduce(self)

@@ -45,7 +45,8 @@ class ProcessSets:
         if self._store is not None:
             # A wait of one thread blocks all others that use the same connection.
             waiting = self._store.clone()  # type: ignore[attr-defined] # not in torch's stubs
-            threading.Thread(target=self._serve, args=(waiting,), name="idist process sets", daemon=True).start()
+            self._thread = threading.Thread(target=self._serve, args=(waiting,), name="idist process sets", daemon=True)
+            self._thread.start()
 
     def of(self, ranks: tuple[int, ...], *, member: bool) -> Any:
         """The process set of these ranks; :data:`NON_MEMBER` where this rank is not one of them.
@@ -77,6 +78,7 @@ class ProcessSets:
             until = time.monotonic() + _LINGER_S
             while linger and self._store.add("left", 0) < self._world_size and time.monotonic() < until:
                 time.sleep(0.005)
+        self._thread.join(_LINGER_S)  # one that waits in C++ when the interpreter ends aborts the process
 
     def _ask(self, ranks: tuple[int, ...]) -> None:
         if self._store is None:
