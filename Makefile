@@ -9,7 +9,8 @@ CONSTRAINTS ?= tools/cpu-constraints.txt
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mpich env-openmpi bench-mpi bench-data demo test test-mpi test-mpich test-openmpi test-slurm check test-gpu clean
+.PHONY: help env env-mpich env-openmpi env-horovod bench-mpi bench-data demo test test-mpi test-mpich test-openmpi \
+	test-horovod test-slurm check test-gpu clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,7 +21,7 @@ demo: env ## train a small CNN on handwritten digits with two processes
 	$(VENV)/bin/python examples/digits.py --nproc_per_node 2 --min_accuracy 0.97 $(ARGS)
 
 test: env ## run every test that needs pip alone
-	$(VENV)/bin/python -m pytest -m "not gpu and not slurm and not mpi" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not gpu and not slurm and not mpi and not horovod" $(ARGS)
 
 check: env ## lint, format, types
 	$(VENV)/bin/ruff check
@@ -29,11 +30,16 @@ check: env ## lint, format, types
 
 env-mpich env-openmpi: env-%: $(VENV)-%/.made ## make an environment with this MPI
 
+env-horovod: $(VENV)-horovod/.made ## make an environment with Horovod, which is built the first time
+
 test-mpi: test-mpich test-openmpi ## run the tests that need a real mpiexec, with MPICH and with Open MPI
 
 # Both environments, for either: one test starts the processes of the one with the mpiexec of the other.
 test-mpich test-openmpi: test-%: env-mpich env-openmpi
 	$(VENV)-$*/bin/python -m pytest -m mpi tests/mpi tests/examples/test_readme_commands.py $(ARGS)
+
+test-horovod: env-horovod ## run the tests that need Horovod
+	$(VENV)-horovod/bin/python -m pytest -m horovod tests/hvd tests/examples/test_readme_commands.py $(ARGS)
 
 bench-mpi: env-mpich env-openmpi ## compare mpi with gloo, with MPICH and with Open MPI
 	for mpi in mpich openmpi; do \
@@ -51,7 +57,8 @@ test-gpu: ## run the tests that need a CUDA device, with the python3 and torch t
 	PYTHONPATH=$(CURDIR)/src python3 -m pytest -m gpu $(ARGS)
 
 clean: ## remove the environment and what the tools left
-	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi $(VENV)-bench build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache digits.png
+	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi $(VENV)-horovod $(VENV)-bench
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache digits.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made: pyproject.toml $(CONSTRAINTS)
@@ -70,4 +77,11 @@ $(VENV)-%/.made: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" --editable ".[mpi,test]" $* \
 		|| { echo "$(@D) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
+	touch $@
+
+$(VENV)-horovod/.made: pyproject.toml $(CONSTRAINTS) tools/horovod-wheel.sh
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" --editable ".[test]" \
+		|| { echo "$(@D) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
+	wheel=$$(PYTHON=$(@D)/bin/python tools/horovod-wheel.sh) && $(@D)/bin/pip install "$$wheel"
 	touch $@

@@ -20,7 +20,7 @@ MODULES = {
 LAYERS = (
     ("errors",),
     ("topology",),
-    ("environments", "mpiexec"),
+    ("environments", "horovodrun", "mpiexec"),
     ("rendezvous",),
     ("backends",),
     ("runtime",),

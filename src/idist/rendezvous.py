@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import ipaddress
 import itertools
@@ -25,7 +26,8 @@ from urllib.parse import SplitResult, urlsplit
 
 import torch.distributed as dist
 
-from idist import mpiexec
+from idist import horovodrun, mpiexec
+from idist.environments.horovod import Horovod
 from idist.environments.mpi import Mpi
 from idist.errors import ConfigError, LaunchError
 from idist.topology import Topology
@@ -49,7 +51,10 @@ _TIMES = itertools.count()
 # Below the ports that Linux, macOS and IANA hand out to clients (32768 and up), above the registered busy ones.
 _CANDIDATE_PORTS = range(20000, 30000)
 _CANDIDATES = 16
-_LOCATE = {Mpi.name: mpiexec.locate}
+_LOCATE: dict[str, Callable[[Topology], Topology]] = {
+    Mpi.name: mpiexec.locate,
+    Horovod.name: functools.partial(horovodrun.locate, os.environ),
+}
 
 
 class Met(NamedTuple):
@@ -403,7 +408,13 @@ class _Meeting:
         Args:
             lasting: the store outlives the processes that meet there.
         """
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "born": _BORN, "times": next(_TIMES)}
+        me = {
+            "host": socket.gethostname(),
+            "node": self._topology.node or socket.gethostname(),
+            "pid": os.getpid(),
+            "born": _BORN,
+            "times": next(_TIMES),
+        }
         said = json.dumps(me)
         owner = self.store.compare_set(self._seat(self._topology.rank), "", said).decode()
         if owner == said:
@@ -432,7 +443,7 @@ class _Meeting:
             self._agree_on(purpose)
             if not self._topology.placed:
                 self._gather_at("claimed")
-                self._topology = self._topology.place([who["host"] for who in self._present().values()])
+                self._topology = self._topology.place([who["node"] for who in self._present().values()])
             if prepare is not None:
                 with self._telling_others():
                     prepare(self._topology)

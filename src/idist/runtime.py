@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import socket
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,17 @@ __all__ = ["Context", "current", "finalize", "initialize", "place", "set_local_r
 logger = logging.getLogger("idist")
 
 
+_LIBRARIES = {backend.library: backend for backend in backends.BUILTIN if backend.library}
+
+
+def _library() -> str:
+    """The library beside torch with which the user has started something; looks only at those that are imported."""
+    for name, backend in _LIBRARIES.items():
+        if name in sys.modules and backend.started():
+            return name
+    return ""
+
+
 class Context:
     """A backend, this process's place in it, and what belongs to both.
 
@@ -44,6 +56,7 @@ class Context:
         neighbours: the global ranks of this node by local rank, once somebody has asked.
         world: the torch process group that was current when this context was last looked at: when
             another one is, or none, the user made or destroyed it.
+        library: the one beside torch with which the user had started something then.
         bound_to_world: whether this context ends with that process group.
     """
 
@@ -60,6 +73,7 @@ class Context:
         self.extra_groups: list[Any] = []
         self.neighbours: tuple[int, ...] | None = None
         self.world: Any = GroupMember.WORLD
+        self.library = "" if owned else _library()
         self.bound_to_world = not owned or self.world is not None
 
     def free_groups(self) -> None:
@@ -97,7 +111,7 @@ at_end: list[Callable[[], None]] = []
 def current() -> Context:
     """The context of this process, or of this thread where threads are ranks. Free: never communicates."""
     context = _slot.context
-    if context.world is not GroupMember.WORLD:
+    if context.world is not GroupMember.WORLD or (not context.owned and context.library != _library()):
         context = _refresh(context)
     return context
 
@@ -282,7 +296,7 @@ def thread_context(context: Context) -> Iterator[None]:
 def _refresh(context: Context) -> Context:
     """The user made or destroyed a process group since ``context`` was made."""
     if not context.bound_to_world:
-        context.world = GroupMember.WORLD
+        context.world, context.library = GroupMember.WORLD, _library()
         return context
     adopted = next(filter(None, (cls.attach() for cls in backends.classes())), None)
     if adopted is None:
@@ -298,15 +312,17 @@ def _observed(backend: Backend, env: Mapping[str, str]) -> Topology:
     by_hand = Topology(f"made by hand ({backend.name})", rank, world_size)
     try:
         told = environments.detect(env).topology
-        if told.world_size == world_size > 1 and told.placed:
-            return dataclasses.replace(told, rank=rank)
+        if told.world_size == world_size > 1:
+            if told.placed:
+                return dataclasses.replace(told, rank=rank)
+            by_hand = dataclasses.replace(by_hand, node=told.node)
     except LaunchError as error:
         logger.info("the variables of the launcher are not used: %s", error)
     return by_hand.place(["this node"] * world_size) if backend.one_node else by_hand
 
 
 def _exchange_hosts(context: Context) -> list[str]:
-    name = hashlib.sha256(socket.gethostname().encode()).digest()
+    name = hashlib.sha256((context.topology.node or socket.gethostname()).encode()).digest()
     device = context.backend.device()
     mine = torch.frombuffer(bytearray(name), dtype=torch.uint8).to(device)
     out = torch.empty(context.world_size * mine.numel(), dtype=torch.uint8, device=device)

@@ -26,6 +26,7 @@ class Topology:
         nproc_per_node: number of processes of the job on THIS node; other nodes may have more or fewer.
         node_rank: index of this node in the job.
         nnodes: number of nodes of the job.
+        node: what the launcher calls this node, where that, and not the host name, tells nodes apart.
         master_addr: host where rank 0 can be reached, if the environment tells.
         hosts: where that is not told or not sure: the nodes of the job, rank 0 being on one of them.
         master_port: port of the rendezvous there, if the environment tells.
@@ -42,6 +43,7 @@ class Topology:
     nproc_per_node: int = UNKNOWN
     node_rank: int = UNKNOWN
     nnodes: int = UNKNOWN
+    node: str | None = None
     master_addr: str | None = None
     hosts: tuple[str, ...] = ()
     master_port: int | None = None

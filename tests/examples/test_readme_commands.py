@@ -20,7 +20,11 @@ BLOCKS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
 COMMAND = re.compile(r"^(?:\((?P<node>\w+)\))?\$ (?P<command>.*)$")
 
 # Programs that pip does not bring along, and the mark of the suite that has them.
-MARKS = {r"\b(srun|sbatch|salloc)\b|--slurm\b": pytest.mark.slurm, r"\bmpiexec\b|--mpi\b": pytest.mark.mpi}
+MARKS = {
+    r"\b(srun|sbatch|salloc)\b|--slurm\b": pytest.mark.slurm,
+    r"\bmpiexec\b|--mpi\b": pytest.mark.mpi,
+    r"\bhorovod(run)?\b": pytest.mark.horovod,
+}
 
 ASIDE = (
     (r"\[http://[\w.-]+:\d+\]", "[MASTER]"),

@@ -70,7 +70,7 @@ def auto_model(
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return context.backend.shard_model(model, **kwargs)
     wrapped = context.backend.wrap_model(model, sync_bn=sync_bn, **kwargs)
-    if wrapped is model and context.world_size > 1:
+    if wrapped is model and context.world_size > 1 and not context.backend.optimizer_reduces:
         raise ConfigError(
             f"backend {context.backend.name!r} does not synchronise the gradients of a model, and there are "
             f"{context.world_size} ranks: each would train a model of its own. Use a backend that does."

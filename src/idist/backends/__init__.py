@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from idist.backends.base import Backend, accelerator
 from idist.backends.c10d import C10d
+from idist.backends.horovod import Horovod
 from idist.backends.mpi import Mpi
 from idist.backends.serial import Serial
 from idist.errors import BackendUnavailable, ConfigError, close_match
@@ -31,7 +32,7 @@ __all__ = [
 
 AUTO = "auto"
 
-BUILTIN: tuple[type[Backend], ...] = (Serial, Mpi, C10d)
+BUILTIN: tuple[type[Backend], ...] = (Serial, Mpi, C10d, Horovod)
 """Ours. ``import idist`` looks at no other package: :func:`classes` does, when a backend is asked for."""
 
 
@@ -41,7 +42,7 @@ def _has(name: str) -> bool:
 
 has_native_dist_support = dist.is_available()
 has_xla_support = _has("xla-tpu")
-has_hvd_support = _has("horovod")
+has_hvd_support = Horovod.installed()
 
 
 @cache

@@ -72,6 +72,10 @@ class Backend(ABC):
         model_name: ``serial``, ``native-dist``, ``xla-dist`` or ``horovod-dist``.
         launcher: what starts its processes where idist is asked to: ``multiprocessing``, or a
             program without which the backend's library connects nothing.
+        library: the module that a user imports to start it without idist; none where that is a process
+            group of torch, which is noticed without.
+        optimizer_reduces: whether the optimizer of :meth:`wrap_optimizer` reduces the gradients, so that
+            :meth:`wrap_model` may return the model itself.
         rank: of this process; set by :meth:`start` or :meth:`attach`.
         world_size: of the job; likewise.
     """
@@ -79,6 +83,8 @@ class Backend(ABC):
     name: str
     model_name: str
     launcher: ClassVar[str] = "multiprocessing"
+    library: ClassVar[str] = ""
+    optimizer_reduces: ClassVar[bool] = False
     rank: int
     world_size: int
 
@@ -96,6 +102,11 @@ class Backend(ABC):
     @abstractmethod
     def unavailable_reason(self) -> tuple[str, str] | None:
         """``None`` if usable here and now, else (why not, what to do about it)."""
+
+    @classmethod
+    def started(cls) -> bool:
+        """Whether :attr:`library`, which has been imported, is in use; asked by every getter, so all but free."""
+        return False
 
     @classmethod
     def attach(cls) -> Self | None:

@@ -295,14 +295,14 @@ class C10d(Backend):
                 f"device {str(device)!r} cannot be used with backend {self.name!r}; here it serves: {usable}"
             )
         if device.index is None:
-            device = torch.device(device.type, _device_index(device.type, topology))
+            device = torch.device(device.type, device_index(device.type, topology))
         elif device.index >= torch.accelerator.device_count():
             raise ConfigError(f"device {str(device)!r} does not exist: {torch.accelerator.device_count()} visible")
         torch.accelerator.set_device_index(device.index)
         return device
 
 
-def _device_index(kind: str, topology: Topology) -> int:
+def device_index(kind: str, topology: Topology) -> int:
     """One visible device is this process's own (Slurm and Kubernetes bind so); of several, take the local rank's."""
     count = torch.accelerator.device_count()
     if count == 1:

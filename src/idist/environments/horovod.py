@@ -15,7 +15,7 @@ class Horovod(Environment):
     Its cross rank is no node rank: it counts only the hosts that have a process with the same
     local rank. Hosts with 1 and 2 processes give the last one local rank 1 and cross size 1. No
     process can tell that from its own variables, so unless all are on one host the node fields are
-    left to an exchange of the hosts, on all ranks alike.
+    left to an exchange of the hosts, as horovodrun was told them, on all ranks alike.
 
     Source: https://horovod.readthedocs.io/en/stable/api.html#horovod.torch.cross_rank
     """
@@ -32,7 +32,7 @@ class Horovod(Environment):
             self.name,
             rank=rank,
             world_size=world_size,
-            # Horovod meets by itself; these are for another backend, if the user gave them.
+            node=told.optional_text("HOROVOD_HOSTNAME"),
             master_addr=told.optional_text("MASTER_ADDR"),
             master_port=told.optional_integer("MASTER_PORT"),
             job_token=self._job_token(told),

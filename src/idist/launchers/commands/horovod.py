@@ -15,7 +15,7 @@ class Horovodrun(Tool):
     flag: ClassVar[str] = "horovod"
     program: ClassVar[str] = "horovodrun"
     source: ClassVar[str] = (
-        "It comes with Horovod, which is built from source: https://horovod.readthedocs.io/en/stable/install.html"
+        "It comes with Horovod, which tools/horovod-wheel.sh builds: see docs/backends/horovod.md of idist."
     )
     takes: ClassVar[frozenset[str]] = frozenset({"nproc", "hosts"})
 

@@ -1,0 +1,1 @@
+"""Named so because a package `horovod` here would hide the real one."""
