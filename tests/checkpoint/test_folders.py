@@ -21,7 +21,7 @@ from torch import nn
 
 import idist
 from checkpoint.test_training_goes_on import ranks
-from idist.checkpoint import folders
+from idist.checkpoint import contents, folders
 from idist.testing import run_threads
 
 SAVES_FOR_EVER = """
@@ -262,6 +262,31 @@ def test_one_rank_that_fails_is_heard_by_all(tmp_path: Path) -> None:
     assert heard[1] == "KeyError: 'lost'"
     assert heard[0] == heard[2] == "PeerFailed: save cannot go on. rank 1: KeyError: 'lost'"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_cannot_read_is_heard_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a process group of torch each rank reads by itself."""
+    model = nn.Linear(2, 2)
+    idist.save(tmp_path, model=model)
+    read = contents.read
+
+    def broken(*args: Any) -> None:
+        if idist.get_rank() == 1:
+            raise OSError("input/output error")
+        read(*args)
+
+    monkeypatch.setattr(contents, "read", broken)
+
+    def loads() -> str:
+        try:
+            idist.load(tmp_path, model=nn.Linear(2, 2))
+        except (OSError, idist.PeerFailed) as error:
+            return f"{type(error).__name__}: {error}"
+        return "loaded"
+
+    heard = run_threads(loads, 3)
+    assert heard[1] == "OSError: input/output error"
+    assert heard[0] == heard[2] == "PeerFailed: load cannot go on. rank 1: OSError: input/output error"
 
 
 def saves_in_the_background(folder: str, strategy: str) -> list[Any]:

@@ -154,8 +154,8 @@ def load(
         if loader is not None and ours[0]["loader"] is None:
             raise ConfigError(f"{found} was saved without a loader")
         tensors = contents.room(found, model, optimizer, details)
-    contents.read(tensors, found)
     with collectives.together(context, Call.LOAD):
+        contents.read(tensors, found)
         contents.put_back(model, optimizer, tensors, details)
         for name, value in stateful.items():
             value.load_state_dict(theirs[name])
