@@ -59,18 +59,20 @@ def alone(size: int) -> tuple[torch.Tensor, list[float]]:
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach(), norms
 
 
-def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def made(**options: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     model = idist.auto_model(network())
-    return model, idist.auto_optim(torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9))
+    return model, idist.auto_optim(torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), **options)
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-def test_accumulates_and_clips_as_one_process() -> None:
+@pytest.mark.parametrize("options", [{}, {"backward_passes_per_step": EVERY}])
+def test_accumulates_and_clips_as_one_process(options: dict[str, int]) -> None:
+    """Also where Horovod waits for more passes than the last step has."""
     expected, expected_norms = alone(idist.get_world_size())
-    model, optimizer = made()
+    model, optimizer = made(**options)
     assert train(model, optimizer) == pytest.approx(expected_norms, rel=1e-5)
     torch.testing.assert_close(weights(model), expected, rtol=0, atol=1e-5)
 

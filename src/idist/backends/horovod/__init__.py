@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -55,6 +56,7 @@ class Horovod(Backend):
         self._calls: Counter[tuple[int, ...]] = Counter()
         self._models = self._optimizers = 0
         self._parameters: Any = WeakIdKeyDictionary()
+        self._steppers: Any = WeakIdKeyDictionary()
 
     # Life
 
@@ -192,6 +194,7 @@ class Horovod(Backend):
         optimizers.distribute(self._hvd, optimizer, options, self._timeout)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
+                self._steppers[parameter] = weakref.ref(optimizer)
                 _, guard = self._parameters.get(parameter, (None, None))
                 if guard is not None:
                     guard.remove()
@@ -199,6 +202,13 @@ class Horovod(Backend):
             optimizers.load_state_of_rank_0(optimizer, self._bytes_of_rank_0)
         self._optimizers += 1
         return optimizer
+
+    def clip_grad_norm_(self, model: torch.nn.Module, max_norm: float, norm_type: float) -> Tensor:
+        """With ``backward_passes_per_step``, a step of fewer passes has gradients that are not reduced yet."""
+        found = [reference() for p in model.parameters() if (reference := self._steppers.get(p)) is not None]
+        for optimizer in {id(optimizer): optimizer for optimizer in found if optimizer is not None}.values():
+            optimizer.synchronize()  # nothing, where nothing is left to do
+        return super().clip_grad_norm_(model, max_norm, norm_type)
 
     # How
 
