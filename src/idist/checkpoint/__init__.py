@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch.optim import Optimizer
 
 from idist import collectives
 from idist.checkpoint import background, folders, random_states
+from idist.collectives import Handle
 from idist.errors import ConfigError
 from idist.runtime import current
 from idist.wire import Call
@@ -23,6 +24,28 @@ from idist.wire import Call
 __all__ = ["load", "save"]
 
 
+@overload
+def save(
+    path: str | os.PathLike[str],
+    *,
+    model: torch.nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    loader: Any = None,
+    keep: int | None = None,
+    async_op: Literal[False] = False,
+    **values: Any,
+) -> Path: ...
+@overload
+def save(
+    path: str | os.PathLike[str],
+    *,
+    model: torch.nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    loader: Any = None,
+    keep: int | None = None,
+    async_op: Literal[True],
+    **values: Any,
+) -> Handle: ...
 def save(
     path: str | os.PathLike[str],
     *,
@@ -32,7 +55,7 @@ def save(
     keep: int | None = None,
     async_op: bool = False,
     **values: Any,
-) -> Any:
+) -> Path | Handle:
     """Write a checkpoint. Every rank calls this.
 
     It gets its name when all of it is on the disk: whatever happens on the way, those that were there
