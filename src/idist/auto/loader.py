@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
@@ -20,7 +21,7 @@ from torch.utils.data import (
     default_convert,
 )
 
-from idist import collectives
+from idist import collectives, runtime
 from idist.auto.iterable import SteppedIterable, Stepwise
 from idist.auto.samplers import DistributedProxySampler, Progress, Sharing, batches
 from idist.errors import ConfigError
@@ -158,15 +159,18 @@ class Loader(DataLoader[Any]):
     def _begun(self, start: int) -> Iterator[Any]:
         """A pass of torch's loader, which draws a seed for its workers from the program's random numbers.
 
-        The first part of a pass that is resumed has drawn it already, so the rest gives it back.
+        The first part of a pass that is resumed has drawn it already, so the rest draws from a generator of its own.
+        (To set torch's own generator back would do, but for two threads at once: that hangs in torch 2.13.)
         """
-        if start == 0:
+        if start == 0 or self.generator is not None:
             return super().__iter__()
-        state = torch.get_rng_state()
+        place = f"{torch.initial_seed()} {self._shared.epoch} {start} {runtime.current().rank}"
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
+        self.generator = torch.Generator().manual_seed(seed)
         try:
             return super().__iter__()
         finally:
-            torch.set_rng_state(state)
+            self.generator = None
 
     def _one_pass(self, fed: Iterator[Any], passing: _Passing) -> Iterator[Any]:
         for batch, after in fed:
