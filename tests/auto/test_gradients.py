@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -236,3 +238,27 @@ def test_the_ranks_agree_on_an_overflow(strategy: str) -> None:
     where = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": free_port()}
     said = run_ranks(overflows, 2, strategy, env=lambda rank: where, timeout=60)
     assert said == [[(16.0, True), (8.0, False), (8.0, True)]] * 2
+
+
+ENDS = """
+import atexit, gc, weakref
+gc.disable()
+models = []
+atexit.register(lambda: print("gone" if models[0]() is None else "there"))  # after what idist registers
+import torch, idist
+
+def training(local_rank):
+    model = idist.auto_model(torch.nn.Linear(2, 2), strategy="fsdp")
+    model(torch.ones(1, 2)).sum().backward()
+    models.append(weakref.ref(model))
+
+idist.initialize("gloo", rank=0, world_size=1)
+training(0)
+idist.finalize()
+"""
+
+
+def test_a_sharded_model_is_gone_before_the_interpreter_ends() -> None:
+    """It is full of cycles and holds the process group, whose threads would abort one exit in fifteen."""
+    ended = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "gone\n"), ended.stderr
