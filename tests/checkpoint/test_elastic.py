@@ -102,9 +102,9 @@ def test_a_run_whose_ranks_are_killed_ends_as_one_whose_are_not(tmp_path: Path, 
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (1, 3)])
-def test_on_another_number_of_ranks_every_sample_is_used_once(tmp_path: Path, before: int, after: int) -> None:
-    train(tmp_path, before, [5], 0)
-    train(tmp_path, after, [], 50)
-    assert len(ends(tmp_path)) == after
+def test_on_another_number_of_ranks_every_sample_is_used_once(tmp_path: Path) -> None:
+    """From 3 ranks to 2; tests/auto/test_resume.py has other numbers, in threads."""
+    train(tmp_path, 3, [5], 0)
+    train(tmp_path, 2, [], 50)
+    assert len(ends(tmp_path)) == 2
     assert_each_sample_once(tmp_path)
