@@ -120,7 +120,7 @@ class Parallel:
             )
         if self._job is None:
             _check_callable(fn)
-            return [fn(runtime.local_rank(), *args, **kwargs)]
+            return [fn(runtime.get_local_rank(), *args, **kwargs)]
         return _launch(self._job, fn, args, kwargs)
 
     def __enter__(self) -> Self:

@@ -14,7 +14,7 @@ import torch
 from idist import backends, collectives, groups, runtime
 from idist.backends.base import Group
 from idist.errors import ConfigError, PeerFailed
-from idist.runtime import Context, current
+from idist.runtime import Context, current, get_local_rank, placed
 from idist.topology import Topology
 
 __all__ = [
@@ -51,28 +51,19 @@ def get_world_size() -> int:
     return current().world_size
 
 
-def get_local_rank() -> int:
-    """Index of this process on its node. Cost: none.
-
-    Raises:
-        LaunchError: the process group was made by hand and nothing tells; :func:`idist.sync` finds out.
-    """
-    return runtime.local_rank()
-
-
 def get_nproc_per_node() -> int:
     """Number of processes of the job on this node. Cost and errors: as :func:`get_local_rank`."""
-    return runtime.placed().topology.nproc_per_node
+    return placed().nproc_per_node
 
 
 def get_nnodes() -> int:
     """Number of nodes of the job. Cost and errors: as :func:`get_local_rank`."""
-    return runtime.placed().topology.nnodes
+    return placed().nnodes
 
 
 def get_node_rank() -> int:
     """Index of this node in the job. Cost and errors: as :func:`get_local_rank`."""
-    return runtime.placed().topology.node_rank
+    return placed().node_rank
 
 
 def get_topology() -> Topology:

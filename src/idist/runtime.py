@@ -21,15 +21,16 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import GroupMember
 
 from idist import backends, environments
 from idist.backends.base import Backend, Group
 from idist.backends.serial import Serial
 from idist.errors import ConfigError, LaunchError, UnknownArgument
-from idist.topology import SERIAL, Topology
+from idist.topology import SERIAL, UNKNOWN, Topology
 
-__all__ = ["Context", "current", "finalize", "initialize", "place", "set_local_rank", "start", "sync"]
+__all__ = ["Context", "current", "finalize", "get_local_rank", "initialize", "place", "set_local_rank", "start", "sync"]
 
 logger = logging.getLogger("idist")
 
@@ -94,15 +95,10 @@ def _serial() -> Context:
     return Context(Serial(), SERIAL, owned=False, verify=_verify_by_default())
 
 
-class _Slot(threading.local):
-    """The process's context is the class's attribute; a rank that is a thread has its own."""
-
-    context: Context
-
-
-_slot = _Slot()
-_Slot.context = _serial()
-_Slot.context.world = None
+_context = _serial()
+_context.world = None
+_of_threads: dict[int, Context] = {}
+"""The contexts of ranks that are threads, by the thread. Mostly empty, which is asked faster than a threading.local."""
 _local_rank_hint: int | None = None
 _has_started = False
 
@@ -111,27 +107,39 @@ at_end: list[Callable[[], None]] = []
 
 
 def current() -> Context:
-    """The context of this process, or of this thread where threads are ranks. Free: never communicates."""
-    context = _slot.context
-    if context.world is not GroupMember.WORLD or (not context.owned and context.library != _library()):
-        context = _refresh(context)
+    """The context of this process, or of this thread where threads are ranks. Free: never communicates.
+
+    Every getter and every collective begins here, so what is usual is asked first, and in the shortest way.
+    """
+    context = _of_threads.get(threading.get_ident(), _context) if _of_threads else _context
+    try:
+        world = c10d._world._default_pg  # GroupMember.WORLD, which is two properties, each a call
+    except AttributeError:  # a world that somebody has put in the place of torch's
+        world = GroupMember.WORLD
+    if context.world is not world:
+        return _refresh(context)
+    if context.owned:
+        return context
+    for name in _LIBRARIES:
+        if name in sys.modules and context.library != _library():
+            return _refresh(context)
     return context
 
 
-def placed() -> Context:
-    """:func:`current`, where the node fields are known.
+def placed() -> Topology:
+    """That of the current context, where the node fields are known.
 
     Raises:
         LaunchError: a process group made by hand, and no variables that tell the nodes.
     """
-    context = current()
-    if not context.topology.placed:
+    topology = current().topology
+    if topology.local_rank == UNKNOWN:
         raise LaunchError(
             "the process group was made by hand and no launcher's variables tell which ranks share a node. "
             "Call idist.sync() on every rank once (it exchanges the host names), or set LOCAL_RANK, "
             "LOCAL_WORLD_SIZE, GROUP_RANK and GROUP_WORLD_SIZE before the group is made."
         )
-    return context
+    return topology
 
 
 def initialize(
@@ -198,7 +206,7 @@ def start(
     Raises:
         ConfigError, LaunchError: as :func:`initialize`; then nothing was started.
     """
-    global _has_started
+    global _context, _has_started
     context = current()
     if not isinstance(context.backend, Serial):
         whose = "idist.finalize() ends it" if context.owned else "you made it: use it as it is, or destroy it first"
@@ -209,7 +217,7 @@ def start(
     except BaseException:
         backend.stop()
         raise
-    _Slot.context = Context(backend, topology, owned=True, verify=_verify_by_default() if verify is None else verify)
+    _context = Context(backend, topology, owned=True, verify=_verify_by_default() if verify is None else verify)
 
 
 def finalize() -> None:
@@ -217,26 +225,26 @@ def finalize() -> None:
 
     Nothing to do, and no error, where nothing was initialised. Never communicates.
     """
-    global _local_rank_hint
+    global _context, _local_rank_hint
     context = current()
     context.free_groups()
-    if "context" in _slot.__dict__:  # a rank that is a thread ends with its thread
+    if threading.get_ident() in _of_threads:  # a rank that is a thread ends with its thread
         return
     _local_rank_hint = None
     while at_end:
         at_end.pop()()
     if context.owned:
-        _Slot.context = _serial()
+        _context = _serial()
         try:
             context.backend.stop()
         finally:
-            _Slot.context.world = None
+            _context.world = None
 
 
 # Libraries end their threads badly when the interpreter does it for them: torch aborts one exit in ten.
 @atexit.register
 def _at_exit() -> None:
-    if _slot.context.process == os.getpid():  # not in a forked process, whose parent goes on with it
+    if _context.process == os.getpid():  # not in a forked process, whose parent goes on with it
         finalize()
         if _has_started:
             # A sharded model is full of cycles, and holds the process group: while it waits for the collector, so
@@ -281,37 +289,43 @@ def set_local_rank(index: int) -> None:
     _local_rank_hint = index
 
 
-def local_rank() -> int:
-    """This process's index on its node; see :func:`placed`."""
-    context = current()
-    if _local_rank_hint is not None and not context.owned and context.world_size > 1:
-        return _local_rank_hint
-    return placed().topology.local_rank
+def get_local_rank() -> int:
+    """Index of this process on its node. Cost: none.
+
+    Raises:
+        LaunchError: the process group was made by hand and nothing tells; :func:`idist.sync` finds out.
+    """
+    if _local_rank_hint is not None:
+        context = current()
+        if not context.owned and context.world_size > 1:
+            return _local_rank_hint
+    return placed().local_rank
 
 
 @contextmanager
 def thread_context(context: Context) -> Iterator[None]:
     """Make ``context`` that of the calling thread alone, which is a rank of its own."""
     context.bound_to_world = False
-    _slot.context = context
+    _of_threads[threading.get_ident()] = context
     try:
         yield
     finally:
         context.free_groups()
-        del _slot.context
+        del _of_threads[threading.get_ident()]
 
 
 def _refresh(context: Context) -> Context:
     """The user made or destroyed a process group since ``context`` was made."""
+    global _context
     if not context.bound_to_world:
         context.world, context.library = GroupMember.WORLD, _library()
         return context
     adopted = next(filter(None, (cls.attach() for cls in backends.classes())), None)
     if adopted is None:
-        _Slot.context = _serial()
+        _context = _serial()
     else:
-        _Slot.context = Context(adopted, _observed(adopted, os.environ), owned=False, verify=_verify_by_default())
-    return _Slot.context
+        _context = Context(adopted, _observed(adopted, os.environ), owned=False, verify=_verify_by_default())
+    return _context
 
 
 def _observed(backend: Backend, env: Mapping[str, str]) -> Topology:
