@@ -1,4 +1,4 @@
-"""Every command of examples/README.md, run as it stands there; what it prints is what is written below it.
+"""Every command of examples/README.md and of docs/comparison.md, run as it stands there: it prints what is written.
 
 Hosts, ports, process ids, times, paths and the order of lines aside. All nodes are this machine, unless Slurm is there.
 """
@@ -16,14 +16,15 @@ from _pytest.mark.structures import ParameterSet
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "examples" / "README.md").read_text()
-BLOCKS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+COMPARISON = (ROOT / "docs" / "comparison.md").read_text()
+BLOCKS = re.findall(r"```console\n(.*?)```", README + COMPARISON, re.DOTALL)
 COMMAND = re.compile(r"^(?:\((?P<node>\w+)\))?\$ (?P<command>.*)$")
 
 # Programs that pip does not bring along, and the mark of the suite that has them.
 MARKS = {
     r"\b(srun|sbatch|salloc)\b|--slurm\b": pytest.mark.slurm,
     r"\bmpiexec\b|--mpi\b": pytest.mark.mpi,
-    r"\bhorovod(run)?\b": pytest.mark.horovod,
+    r"horovod": pytest.mark.horovod,
 }
 
 ASIDE = (
@@ -85,7 +86,8 @@ def variables(tmp_path: Path) -> dict[str, str]:
         program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
         program.chmod(0o755)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    return {**os.environ, "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    one = {"OMP_NUM_THREADS": "1"}  # without idist each process would take all cores
+    return {**os.environ, **one, "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 @pytest.fixture
@@ -94,6 +96,7 @@ def port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("block", [marked(block) for block in BLOCKS])
 def test_prints_what_is_written(block: str, tmp_path: Path, variables: dict[str, str], port: int) -> None:
     scripts, written = parsed(block)
@@ -113,7 +116,7 @@ def test_prints_what_is_written(block: str, tmp_path: Path, variables: dict[str,
     printed = []
     try:
         for shell in shells:
-            output, errors = shell.communicate(timeout=100)
+            output, errors = shell.communicate(timeout=200)
             assert shell.returncode == 0, errors
             printed += output.splitlines()
     finally:
