@@ -102,6 +102,9 @@ def all_reduce(
     if not isinstance(value, Tensor):
         _tensors_only(async_op, value)
         return _all_reduce_number(context, members, value, op)
+    if _is_plain(context, members, value, op, verify):
+        copy = value.clone()
+        return _answer(Handle(context.backend.all_reduce_(copy, op, members), lambda: copy), async_op)
     result = value.detach().clone(memory_format=torch.contiguous_format) if members.index >= 0 else value
     return _answer(_start_all_reduce(context, members, result, op, verify), async_op)
 
@@ -117,6 +120,8 @@ def all_reduce_(
     if not isinstance(tensor, Tensor):
         raise TypeError(f"all_reduce_ works in place, so on tensors only, got {type(tensor).__name__}; use all_reduce")
     context, members = _enter(group)
+    if _is_plain(context, members, tensor, op, verify):
+        return _answer(Handle(context.backend.all_reduce_(tensor, op, members), lambda: tensor), async_op)
     return _answer(_start_all_reduce(context, members, tensor.detach(), op, verify, returns=tensor), async_op)
 
 
@@ -460,6 +465,31 @@ def _staged(context: Context, tensor: Tensor) -> Tensor:
     return plain.to(context.backend.device_for(tensor)).contiguous()
 
 
+def _is_plain(context: Context, group: Group, tensor: Tensor, op: str, verify: bool | None) -> bool:
+    """Whether the backend reduces this very tensor: nothing to verify, to convert, to move or to derive."""
+    if verify or (context.verify and verify is None) or group.index < 0 or type(op) is not str:
+        return False
+    native = context.native.get((op, tensor.dtype))
+    if native is None:
+        native = context.native[op, tensor.dtype] = _is_native(context, op, tensor.dtype)
+    return (
+        native
+        and type(tensor) is Tensor
+        and not tensor.requires_grad
+        and tensor.device == context.backend.device()
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+    )
+
+
+def _is_native(context: Context, op: str, dtype: torch.dtype) -> bool:
+    with suppress(ConfigError):  # it is raised where the tensor is looked at in full
+        _check_op(op, dtype)
+        derived = op == "AVERAGE" or dtype is torch.bool or dtype.is_complex
+        return not derived and context.backend.reduces(op, dtype)
+    return False
+
+
 def _start_all_reduce(
     context: Context, group: Group, result: Tensor, op: str, verify: bool | None, returns: Tensor | None = None
 ) -> Handle:
@@ -637,9 +667,12 @@ def _exchange_value(
     context: Context, group: Group, call: Call, value: Any, *, op: str = "", root: int = -1, to: int | None = None
 ) -> list[Message]:
     """Send ``value`` in this rank's frame."""
-    with _telling(context, group, call, op, root):
+    try:
         kind = wire.kind_of(value)
         message = Message(call, kind, wire.encode(value, kind), op, root)
+    except Exception as error:
+        _tell(context, group, Message(call, Kind.ERROR, op=op, root=root), error)
+        raise
     return wire.exchange(context, group, message, to=to)
 
 
@@ -649,20 +682,27 @@ def _telling(context: Context, group: Group, call: Call, op: str = "", root: int
     try:
         yield
     except Exception as error:
-        said = wire.words(f"{type(error).__name__}: {error}")
-        with suppress(PeerFailed):  # that is what the others raise; this rank has the error itself
-            wire.exchange(context, group, Message(call, Kind.ERROR, said, op, root))
+        _tell(context, group, Message(call, Kind.ERROR, op=op, root=root), error)
         raise
+
+
+def _tell(context: Context, group: Group, message: Message, error: Exception) -> None:
+    said = wire.words(f"{type(error).__name__}: {error}")
+    with suppress(PeerFailed):  # that is what the others raise; this rank has the error itself
+        wire.exchange(context, group, message._replace(payload=said))
 
 
 def _all_reduce_number(context: Context, group: Group, value: Any, op: str) -> Any:
     if group.index < 0:
         return value
-    with _telling(context, group, Call.ALL_REDUCE):
+    try:
         number = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
         if wire.kind_of(number) not in wire.NUMBERS:
             raise TypeError(f"all_reduce takes a tensor or a number, got {type(value).__name__}")
         reductions.of_numbers([number], op)
+    except Exception as error:
+        _tell(context, group, Message(Call.ALL_REDUCE, Kind.ERROR), error)
+        raise
     messages = _exchange_value(context, group, Call.ALL_REDUCE, number, op=op)
     return reductions.of_numbers([wire.decode(message.payload, message.kind) for message in messages], op)
 
@@ -671,8 +711,11 @@ def _broadcast_value(context: Context, group: Group, value: Any, src: int, safe_
     """The source's frame says what comes; what does not fit in it, or a tensor, comes after it."""
     call = Call.SAFE_BROADCAST if safe_mode else Call.BROADCAST
     if context.rank == src:
-        with _telling(context, group, call, root=src):
+        try:
             message = _announcement(call, value, src)
+        except Exception as error:
+            _tell(context, group, Message(call, Kind.ERROR, root=src), error)
+            raise
     else:
         kind = Kind.ABSENT if safe_mode or value is None else wire.kind_of(value)
         message = Message(call, kind, root=src)

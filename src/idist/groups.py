@@ -51,7 +51,11 @@ def resolve(context: Context, group: Any) -> Group:
     if isinstance(group, Group):
         return group
     if isinstance(group, (list, tuple, range)):
-        return _cached(context, _checked(group, context.world_size))
+        given = tuple(group)
+        # Of the same numbers, True and 1.0 are not ranks.
+        if (known := context.known_groups.get(given)) is None or set(map(type, given)) != {int}:
+            known = context.known_groups[given] = _cached(context, _checked(given, context.world_size))
+        return known
     ranks = context.backend.ranks_of(group)
     if ranks is None:
         raise ConfigError(f"group must be a list of ranks or what idist.new_group() returned, got {group!r}")

@@ -53,6 +53,8 @@ class Context:
         owned: whether :func:`finalize` stops the backend, because we started it.
         verify: whether tensor collectives check that the ranks agree before the bytes move.
         groups: by their ranks; made once, freed with the context.
+        known_groups: the same by what users have given for them, in any order.
+        native: whether the backend's primitive does a reduction of a type of tensor as it is.
         extra_groups: handles of the groups that were made with options, freed with the context too.
         everyone: the group of all ranks.
         neighbours: the global ranks of this node by local rank, once somebody has asked.
@@ -72,6 +74,8 @@ class Context:
         self.verify = verify
         self.everyone = Group(tuple(range(topology.world_size)), topology.rank)
         self.groups: dict[tuple[int, ...], Group] = {}
+        self.known_groups: dict[tuple[int, ...], Group] = {}
+        self.native: dict[tuple[str, torch.dtype], bool] = {}
         self.extra_groups: list[Any] = []
         self.neighbours: tuple[int, ...] | None = None
         self.world: Any = GroupMember.WORLD
@@ -84,6 +88,7 @@ class Context:
         for handle in [*cached, *self.extra_groups]:
             self.backend.free_group(handle)
         self.groups.clear()
+        self.known_groups.clear()
         self.extra_groups.clear()
 
 

@@ -7,13 +7,12 @@ fit in a frame follows in a second message, whose size all ranks know from the f
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle
 import struct
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +23,8 @@ from idist.runtime import Context
 FRAME = 256
 _HEADER = struct.Struct("<BBBxiq")
 INLINE = FRAME - _HEADER.size
+_SHARED = 8
+"""The first bytes of a header, all but the length: they are the same on all ranks that fit together in every way."""
 _INT = struct.Struct("<q")
 _FLOAT = struct.Struct("<d")
 _NO_ROOT = -1
@@ -64,10 +65,12 @@ class Call(IntEnum):
 
 NUMBERS = frozenset({Kind.BOOL, Kind.INT, Kind.FLOAT})
 OPS = ("", "SUM", "PRODUCT", "MIN", "MAX", "AND", "OR", "AVERAGE")
+_NUMBER_OF = {op: number for number, op in enumerate(OPS)}
+# By their numbers; to call an enumeration takes far longer.
+_CALLS, _KINDS_BY_NUMBER = tuple(Call), tuple(Kind)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One rank's part in one collective.
 
     Attributes:
@@ -164,22 +167,46 @@ def exchange(context: Context, group: Group, message: Message, *, to: int | None
         return messages
     rest = _gather_bytes(context, group, message.payload[INLINE:].ljust(longest, b"\0"), to)
     tails = [rest[i * longest : i * longest + max(length - INLINE, 0)] for i, length in enumerate(lengths)]
-    return [dataclasses.replace(m, payload=m.payload + tail) for m, tail in zip(messages, tails, strict=True)]
+    return [m._replace(payload=m.payload + tail) for m, tail in zip(messages, tails, strict=True)]
 
 
 def exchange_heads(context: Context, group: Group, message: Message) -> tuple[list[Message], list[int]]:
     """The first half of :func:`exchange`: payloads up to 240 bytes, and how long they are in full."""
-    header = _HEADER.pack(message.call, message.kind, OPS.index(message.op), message.root, len(message.payload))
-    gathered = _gather_bytes(context, group, (header + message.payload[:INLINE]).ljust(FRAME, b"\0"))
-    messages, lengths = [], []
+    header = _HEADER.pack(*message[:2], _NUMBER_OF[message.op], message.root, len(message.payload))
+    frames = group.scratch.pop(_Frames, None) or _Frames(group.size, context.backend.device())
+    gathered = frames.exchange(context, group, header + message.payload[:INLINE])
+    messages, lengths, alike = [], [], message.kind is not Kind.ERROR
     for start in range(0, len(gathered), FRAME):
         call, kind, op, root, length = _HEADER.unpack_from(gathered, start)
         body = start + _HEADER.size
         payload = bytes(gathered[body : body + min(length, INLINE)])
-        messages.append(Message(Call(call), Kind(kind), payload, OPS[op], root))
+        messages.append(Message(_CALLS[call], _KINDS_BY_NUMBER[kind], payload, OPS[op], root))
         lengths.append(length)
-    _check(messages, group)
+        alike = alike and gathered[start : start + _SHARED] == header[:_SHARED]
+    group.scratch[_Frames] = frames
+    if not alike:
+        _check(messages, group)
     return messages, lengths
+
+
+class _Frames:
+    """The memory of one exchange, on its way and where it comes from: made once for a group, used by one at a time."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._mine, self._gathered = bytearray(FRAME), bytearray(size * FRAME)
+        # Over the byte arrays: no copy, and no need of NumPy.
+        self._tensor, self._out = (torch.frombuffer(m, dtype=torch.uint8) for m in (self._mine, self._gathered))
+        self._staged_tensor, self._staged_out = self._tensor.to(device), self._out.to(device)
+
+    def exchange(self, context: Context, group: Group, frame: bytes) -> bytearray:
+        """The frames of all ranks; to be read before the next exchange."""
+        self._mine[: len(frame)] = frame
+        if self._staged_tensor is not self._tensor:
+            self._staged_tensor.copy_(self._tensor)
+        context.backend.all_gather_into(self._staged_out, self._staged_tensor, group).wait()
+        if self._staged_out is not self._out:
+            self._out.copy_(self._staged_out)
+        return self._gathered
 
 
 def words(text: str) -> bytes:

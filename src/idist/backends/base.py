@@ -50,11 +50,13 @@ class Group:
         ranks: the global ranks, each once.
         index: the place of this process among them, -1 if it is not a member.
         handle: what the backend's own library calls this group; ``None`` stands for the world.
+        scratch: what the next collective in this group can use again.
     """
 
     ranks: tuple[int, ...]
     index: int
     handle: Any = None
+    scratch: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def size(self) -> int:
