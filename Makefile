@@ -10,7 +10,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help env env-mpich env-openmpi env-horovod bench-mpi bench-data demo test test-mpi test-mpich test-openmpi \
-	test-horovod test-slurm check test-gpu clean
+	test-horovod test-slurm check docs test-gpu clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,10 +36,11 @@ test-mpi: test-mpich test-openmpi ## run the tests that need a real mpiexec, wit
 
 # Both environments, for either: one test starts the processes of the one with the mpiexec of the other.
 test-mpich test-openmpi: test-%: env-mpich env-openmpi
-	$(VENV)-$*/bin/python -m pytest -m mpi tests/mpi tests/examples/test_readme_commands.py $(ARGS)
+	$(VENV)-$*/bin/python -m pytest -m mpi tests/mpi tests/test_documents.py tests/examples/test_readme_commands.py $(ARGS)
 
 test-horovod: env-horovod ## run the tests that need Horovod
-	$(VENV)-horovod/bin/python -m pytest -m horovod tests/hvd tests/examples/test_readme_commands.py $(ARGS)
+	$(VENV)-horovod/bin/python -m pytest -m horovod tests/hvd tests/test_documents.py \
+		tests/examples/test_readme_commands.py $(ARGS)
 
 bench-mpi: env-mpich env-openmpi ## compare mpi with gloo, with MPICH and with Open MPI
 	for mpi in mpich openmpi; do \
@@ -53,11 +54,15 @@ test-slurm: env ## run the tests that need Slurm, on a cluster of four nodes tha
 	tools/slurm-cluster.sh with $(VENV)/bin/python -m pytest -m slurm tests/slurm \
 		tests/examples/test_readme_commands.py $(ARGS)
 
+docs: $(VENV)-docs/.made ## make the site of docs/, build/docs/index.html; a warning is an error
+	$(VENV)-docs/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet --jobs auto \
+		-d build/doctrees docs build/docs
+
 test-gpu: ## run the tests that need a CUDA device, with the python3 and torch that are there
 	PYTHONPATH=$(CURDIR)/src python3 -m pytest -m gpu $(ARGS)
 
 clean: ## remove the environment and what the tools left
-	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi $(VENV)-horovod $(VENV)-bench
+	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi $(VENV)-horovod $(VENV)-bench $(VENV)-docs
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache digits.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -67,9 +72,9 @@ $(VENV)/.made: pyproject.toml $(CONSTRAINTS)
 		|| { echo "$(VENV) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
 	touch $@
 
-$(VENV)-bench/.made: pyproject.toml $(CONSTRAINTS)
+$(VENV)-bench/.made $(VENV)-docs/.made: $(VENV)-%/.made: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" --editable ".[bench]" \
+	$(@D)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" --editable ".[$*]" \
 		|| { echo "$(@D) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
 	touch $@
 

@@ -1,8 +1,8 @@
 """The public collectives, derived once from a backend's primitives.
 
 A tensor goes as it is. A Python number, string, path or other object goes in a frame (see
-:mod:`idist.wire`) and comes back with its own type and value. What a rank that is not a member of
-``group`` passes comes back to it unchanged; only :func:`gather` gives it None, as to all but one rank.
+``idist/wire.py``) and comes back with its own type and value. What a rank that is not a member of
+``group`` passes comes back to it unchanged; only :func:`idist.gather` gives it None, as to all but one rank.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def all_reduce(
         verify: check first that the ranks agree on the tensor and ``op``; default: the context's.
 
     Returns:
-        A new tensor, detached from autograd, on the device of the input; or a number: ints are
+        A new tensor, detached from autograd, on the device of the input; or a number, where ints are
         exact, floats are doubles, reduced in the order of the ranks and so the same on all.
 
     Shape: that of ``value``.

@@ -21,7 +21,7 @@ def new_group(ranks: Sequence[int], **options: Any) -> Any:
         **options: passed on to the backend, for example ``timeout`` of torch's ``new_group``.
 
     Returns:
-        What the backend calls a group: a ``ProcessGroup`` of torch (the world's, for all ranks),
+        What the backend calls a group, a ``ProcessGroup`` of torch (the world's, for all ranks),
         its ``NON_GROUP_MEMBER`` on other ranks, the tuple of ranks where it has no groups of its own.
 
     Raises:

@@ -48,6 +48,6 @@ def get_logger(name: str, *, all_ranks: bool = False) -> logging.LoggerAdapter[l
 
 
 def print_once(*values: object, **options: Any) -> None:
-    """``print`` on rank 0, at once; nothing on the others. Arguments as for :func:`print`. Cost: no collective."""
+    """``print`` on rank 0, at once; nothing on the others. Arguments as for ``print``. Cost: no collective."""
     if current().rank == 0:
         print(*values, **{"flush": True, **options})

@@ -15,7 +15,7 @@ UNKNOWN = -1
 class Topology:
     """The place of one process among the processes of its job.
 
-    The four node fields are either all known or all :data:`UNKNOWN`: some environments give a
+    The four node fields are either all known or all ``UNKNOWN``: some environments give a
     rank and a world size but say nothing about the nodes.
 
     Attributes:

@@ -87,7 +87,7 @@ def auto_dataloader(
       epoch is then a collective, of one broadcast. A torch DistributedSampler is used as it is.
     - ``batch_sampler`` cannot be split without knowing whether its batches differ by rank already: with several
       ranks say ``shard=True`` or ``shard=False``, unless it is around a DistributedSampler.
-    - An IterableDataset is shared out item by item, see :class:`ShardedIterable`.
+    - An IterableDataset is shared out item by item, see :class:`~idist.auto.data.ShardedIterable`.
     - ``pin_memory`` is True unless given where the device is a CUDA device.
 
     ``loader.set_epoch(epoch)`` sets the epoch; left out, it goes up by itself with each complete pass.

@@ -171,8 +171,8 @@ class ShardSampler(Sharing):
     """The indices of a map-style dataset, sequential or shuffled, shared out over the ranks.
 
     The order is a function of ``(seed, epoch)`` alone, the same on every number of ranks, machine and version of
-    torch. It is computed index by index (see :class:`idist.auto.permutation.Permutation`), so that the first of
-    a billion comes at once; no random state is read or written, and nothing is communicated. Unlike torch's
+    torch. It is computed index by index (by a keyed permutation, a Feistel network with cycle walking), so that the
+    first of a billion comes at once; no random state is read or written, and nothing is communicated. Unlike torch's
     :class:`~torch.utils.data.DistributedSampler`, which this is one of, it gives each index exactly once unless
     told otherwise, the epoch advances by itself (see ``set_epoch``), and seeds 1 and 2 have no order in common.
 
