@@ -52,9 +52,10 @@ def resolve(context: Context, group: Any) -> Group:
         return group
     if isinstance(group, (list, tuple, range)):
         given = tuple(group)
-        # Of the same numbers, True and 1.0 are not ranks.
-        if (known := context.known_groups.get(given)) is None or set(map(type, given)) != {int}:
-            known = context.known_groups[given] = _cached(context, _checked(given, context.world_size))
+        # Equal to ranks are True and 1.0 as well, and a list is not even a key.
+        known = context.known_groups.get(given) if set(map(type, given)) == {int} else None
+        if known is None:
+            known = context.known_groups[given] = _cached(context, _checked(group, context.world_size))
         return known
     ranks = context.backend.ranks_of(group)
     if ranks is None:

@@ -32,7 +32,24 @@ VALUES: dict[str, Callable[[int], Any]] = {
     "string": lambda rank: "é" * rank * 100,
     "object": lambda rank: {"rank": [rank]},
 }
-BAD: list[Any] = [[], (), [0, 0], [100], [-1], [0.0], ["0"], [None], [True], "0", {0}, 0, 1.5, object, torch.zeros(1)]
+BAD: list[Any] = [
+    [],
+    (),
+    [0, 0],
+    [100],
+    [-1],
+    [0.0],
+    ["0"],
+    [None],
+    [True],
+    [[0]],
+    "0",
+    {0},
+    0,
+    1.5,
+    object,
+    torch.zeros(1),
+]
 
 
 def in_group(ranks: str, form: str) -> tuple[list[int], Any, bool]:
