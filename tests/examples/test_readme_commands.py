@@ -32,6 +32,7 @@ ASIDE = (
     (r"hello from \[[\w.-]+:", "hello from [HOST:"),
     (r"^(\d+) +[\w.-]+ +\d+ +(\w+) +(right) +[\d.]+ ms", r"\1 HOST PID \2 \3 TIME"),  # a rank of `idist check`
     (r"met in [\d.]+ s", "met in TIME"),
+    (r"accuracy [\d.]+$", "accuracy NUMBER"),
     (r"Submitted batch job \d+", "Submitted batch job ID"),
     (r"^cd .+ \|\| exit", "cd DIRECTORY || exit"),
     (r"\S+/python ", "PYTHON "),
