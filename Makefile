@@ -38,7 +38,8 @@ test-mpi: test-mpich test-openmpi ## run the tests that need a real mpiexec, wit
 test-mpich test-openmpi: test-%: env-mpich env-openmpi
 	$(VENV)-$*/bin/python -m pytest -m mpi tests/mpi tests/test_documents.py tests/examples/test_readme_commands.py $(ARGS)
 
-test-horovod: env-horovod ## run the tests that need Horovod
+# With MPICH, for the checkpoints that one of them writes and the other reads.
+test-horovod: env-horovod env-mpich ## run the tests that need Horovod
 	$(VENV)-horovod/bin/python -m pytest -m horovod tests/hvd tests/test_documents.py \
 		tests/examples/test_readme_commands.py $(ARGS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def alone(size: int) -> tuple[torch.Tensor, list[float]]:
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach(), norms
 
 
-def made(**options: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def made(**options: Any) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     model = idist.auto_model(network())
     return model, idist.auto_optim(torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), **options)
 
@@ -75,6 +76,34 @@ def test_accumulates_and_clips_as_one_process(options: dict[str, int]) -> None:
     model, optimizer = made(**options)
     assert train(model, optimizer) == pytest.approx(expected_norms, rel=1e-5)
     torch.testing.assert_close(weights(model), expected, rtol=0, atol=1e-5)
+
+
+def test_accumulates_sums(hvd: Any) -> None:
+    """The sum over the ranks of what is a mean on each: clipped, the same step."""
+    size = idist.get_world_size()
+    expected, expected_norms = alone(size)
+    model, optimizer = made(op=hvd.Sum)
+    assert train(model, optimizer) == pytest.approx([norm * size for norm in expected_norms], rel=1e-5)
+    torch.testing.assert_close(weights(model), expected, rtol=0, atol=1e-5)
+
+
+def test_only_the_last_pass_is_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a rank had no use for a parameter in an earlier one."""
+    model: Any = idist.auto_model(torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False) for _ in range(2)]))
+    optimizer: Any = idist.auto_optim(torch.optim.SGD(model.parameters(), lr=1.0))
+    reduce, reduced = optimizer._allreduce_grad_async, []
+    monkeypatch.setattr(optimizer, "_allreduce_grad_async", lambda p: (reduced.append(p), reduce(p))[1])
+    counts = []
+    for step in range(4):
+        with idist.accumulate(model, step, every=2) as micro:
+            used = model if micro.last else [model[idist.get_rank() % 2]]
+            (sum(layer(torch.ones(1, 1)) for layer in used).sum() * micro.scale).backward()
+        counts.append(len(reduced))
+        if micro.last:
+            assert idist.reduce_mean(sum(float(layer.weight.grad) for layer in model), 1) == pytest.approx(1.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert counts == [0, 2, 2, 4]
 
 
 def test_goes_on_from_a_checkpoint(folder: str) -> None:

@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from itertools import chain
 from typing import Any, ClassVar
@@ -203,14 +204,26 @@ class Horovod(Backend):
         self._optimizers += 1
         return optimizer
 
+    @contextmanager
+    def no_sync(self, model: torch.nn.Module) -> Iterator[None]:
+        from idist.backends.horovod import optimizers
+
+        with ExitStack() as stack:
+            for optimizer in self._optimizers_of(model):
+                stack.enter_context(optimizers.postponed(optimizer))
+            yield
+
     def clip_grad_norm_(self, model: torch.nn.Module, max_norm: float, norm_type: float) -> Tensor:
         """With ``backward_passes_per_step``, a step of fewer passes has gradients that are not reduced yet."""
-        found = [reference() for p in model.parameters() if (reference := self._steppers.get(p)) is not None]
-        for optimizer in {id(optimizer): optimizer for optimizer in found if optimizer is not None}.values():
+        for optimizer in self._optimizers_of(model):
             optimizer.synchronize()  # nothing, where nothing is left to do
         return super().clip_grad_norm_(model, max_norm, norm_type)
 
     # How
+
+    def _optimizers_of(self, model: torch.nn.Module) -> list[Any]:
+        found = [reference() for p in model.parameters() if (reference := self._steppers.get(p)) is not None]
+        return list({id(optimizer): optimizer for optimizer in found if optimizer is not None}.values())
 
     def _call(
         self,

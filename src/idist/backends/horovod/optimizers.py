@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from inspect import signature
 from typing import Any
@@ -61,6 +63,18 @@ def load_state_of_rank_0(optimizer: Optimizer, exchange: Callable[[bytes], bytes
     # From rank 0 of this job; a state may hold anything, as an optimizer of the user's may put it there.
     state = torch.load(io.BytesIO(received), map_location="cpu", weights_only=False)
     optimizer.load_state_dict(state)
+
+
+@contextmanager
+def postponed(optimizer: Any) -> Iterator[None]:
+    """A block of one backward pass that reduces nothing. It counts as one of ``backward_passes_per_step``."""
+    delays = optimizer._allreduce_delay
+    before = dict(delays)
+    delays.update(dict.fromkeys(delays, sys.maxsize))
+    try:
+        yield
+    finally:
+        delays.update({parameter: max(delay - 1, 1) for parameter, delay in before.items()})
 
 
 def _check(hvd: Any, optimizer: Optimizer, options: dict[str, Any]) -> None:
@@ -124,7 +138,8 @@ def _reduce_after_backward(hvd: Any, optimizer: Any, timeout: timedelta) -> None
         if optimizer._synchronized and optimizer.op != hvd.Average:
             raise ConfigError(
                 "backward() was called again before optimizer.step() or optimizer.zero_grad(): gradients that have "
-                "been reduced would be reduced once more. Pass backward_passes_per_step to auto_optim to accumulate."
+                "been reduced would be reduced once more. To add up several passes, use idist.accumulate, or pass "
+                "backward_passes_per_step to auto_optim."
             )
         optimizer._synchronized = False
         if not queued:
