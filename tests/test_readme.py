@@ -1,9 +1,13 @@
 """What the README says works as it stands there."""
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import idist
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,3 +35,24 @@ def test_the_files_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_what_was_tried_is_what_was_recorded() -> None:
+    """The table is the record of the suites' reports, made by tools/tried.py."""
+    spec = importlib.util.spec_from_file_location("tried", ROOT / "tools" / "tried.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tried = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tried)
+    record = json.loads(tried.RECORD.read_text())
+    assert tried.placed(README, tried.table(record)) == README
+    assert {launcher for suite in record.values() for launcher in suite["counts"]} <= set(tried.TESTS)
+
+
+def test_names_of_the_pages_exist() -> None:
+    """Every ``idist.name`` of the README and the pages is one, those of what is left behind aside."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    left_behind = {"utils", "comp_models", "launcher"}
+    names = {name for page in pages for name in re.findall(r"\bidist\.([a-z_]\w*)", page.read_text())} - left_behind
+    files = {file.stem for file in (ROOT / "src" / "idist").iterdir()}
+    assert [name for name in sorted(names) if not hasattr(idist, name) and name not in files] == []

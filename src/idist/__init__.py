@@ -60,7 +60,7 @@ from idist.ranks import (
 from idist.runtime import finalize, initialize, set_local_rank, sync
 from idist.topology import Topology
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
