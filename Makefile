@@ -10,7 +10,8 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help env env-mpich env-openmpi env-horovod bench-mpi bench-data demo test test-mpi test-mpich test-openmpi \
-	test-horovod test-slurm check docs dist test-gpu clean
+	test-horovod test-slurm check docs dist test-gpu failures \
+	failures-mpich failures-openmpi soak clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +22,7 @@ demo: env ## train a small CNN on handwritten digits with two processes
 	$(VENV)/bin/python examples/digits.py --nproc_per_node 2 --min_accuracy 0.97 $(ARGS)
 
 test: env ## run every test that needs pip alone
-	$(VENV)/bin/python -m pytest -m "not gpu and not slurm and not mpi and not horovod" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not gpu and not slurm and not mpi and not horovod and not matrix and not soak" $(ARGS)
 
 check: env ## lint, format, types
 	$(VENV)/bin/ruff check
@@ -36,11 +37,12 @@ test-mpi: test-mpich test-openmpi ## run the tests that need a real mpiexec, wit
 
 # Both environments, for either: one test starts the processes of the one with the mpiexec of the other.
 test-mpich test-openmpi: test-%: env-mpich env-openmpi
-	$(VENV)-$*/bin/python -m pytest -m mpi tests/mpi tests/test_documents.py tests/examples/test_readme_commands.py $(ARGS)
+	$(VENV)-$*/bin/python -m pytest -m "mpi and not matrix" tests/mpi tests/matrix tests/test_documents.py \
+		tests/examples/test_readme_commands.py $(ARGS)
 
 # With MPICH, for the checkpoints that one of them writes and the other reads.
 test-horovod: env-horovod env-mpich ## run the tests that need Horovod
-	$(VENV)-horovod/bin/python -m pytest -m horovod tests/hvd tests/test_documents.py \
+	$(VENV)-horovod/bin/python -m pytest -m "horovod and not matrix" tests/hvd tests/matrix tests/test_documents.py \
 		tests/examples/test_readme_commands.py $(ARGS)
 
 bench-mpi: env-mpich env-openmpi ## compare mpi with gloo, with MPICH and with Open MPI
@@ -52,8 +54,23 @@ bench-data: $(VENV)-bench/.made ## measure what a shuffled order costs, beside t
 	$(VENV)-bench/bin/python bench/data.py $(ARGS)
 
 test-slurm: env ## run the tests that need Slurm, on a cluster of four nodes that is started for them; as root
-	tools/slurm-cluster.sh with $(VENV)/bin/python -m pytest -m slurm tests/slurm \
-		tests/examples/test_readme_commands.py $(ARGS)
+	tools/slurm-cluster.sh with $(VENV)/bin/python -m pytest -m "slurm and not matrix" tests/slurm \
+		tests/matrix tests/examples/test_readme_commands.py $(ARGS)
+
+# Each launcher in turn; a failed one does not keep the others from running, and the page shows what failed.
+failures: export IDIST_FAILURES = $(CURDIR)/build/failures
+failures: env env-horovod failures-mpich failures-openmpi ## run the whole failure matrix, an hour, and write its tables; as root
+	-$(VENV)/bin/python -m pytest -m "not mpi and not horovod and not slurm" tests/matrix $(ARGS)
+	-$(VENV)-horovod/bin/python -m pytest -m horovod tests/matrix $(ARGS)
+	-tools/slurm-cluster.sh with $(VENV)/bin/python -m pytest -m slurm tests/matrix $(ARGS)
+	PYTHONPATH=tests $(VENV)/bin/python -m matrix.table $(IDIST_FAILURES)
+	$(VENV)/bin/python -m pytest -k "page" tests/matrix
+
+failures-mpich failures-openmpi: failures-%: env-%
+	-$(VENV)-$*/bin/python -m pytest -m mpi tests/matrix $(ARGS)
+
+soak: env ## run ten thousand collectives, hundreds of contexts and a hundred runs, and see that nothing grows
+	$(VENV)/bin/python -m pytest -m soak -s -o faulthandler_timeout=0 tests/test_soak.py $(ARGS)
 
 docs: $(VENV)-docs/.made ## make the site of docs/, build/docs/index.html; a warning is an error
 	$(VENV)-docs/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet --jobs auto \

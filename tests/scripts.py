@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -57,3 +58,16 @@ def all_end(pids: list[int], seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def bearing(name: str, value: str) -> dict[int, str]:
+    """Every process with this variable in its environment, with its command; on Linux only."""
+    mark = f"{name}={value}".encode()
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours to read
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = (
+                    (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
+    return found

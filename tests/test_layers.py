@@ -20,7 +20,7 @@ MODULES = {
 LAYERS = (
     ("errors",),
     ("topology",),
-    ("environments", "horovodrun", "mpiexec"),
+    ("environments", "failures", "horovodrun", "mpiexec"),
     ("rendezvous",),
     ("backends",),
     ("runtime",),

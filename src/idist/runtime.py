@@ -24,7 +24,7 @@ import torch
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import GroupMember
 
-from idist import backends, environments
+from idist import backends, environments, failures
 from idist.backends.base import Backend, Group
 from idist.backends.serial import Serial
 from idist.errors import ConfigError, LaunchError, UnknownArgument
@@ -217,6 +217,8 @@ def start(
         whose = "idist.finalize() ends it" if context.owned else "you made it: use it as it is, or destroy it first"
         raise ConfigError(f"a {context.backend.name} context with {context.world_size} ranks exists already; {whose}")
     _has_started = True
+    if topology.world_size > 1:
+        failures.show_causes_first()
     try:
         topology = backend.start(topology, timeout=timeout, device=as_device(device), **options)
     except BaseException:

@@ -84,7 +84,7 @@ def test_torchrun_refuses(asked, message: str) -> None:
 )
 def test_srun(asked, env, options: str) -> None:
     command = SRUN.checked(request(**asked), env)
-    assert command.argv == ("srun", *options.split(), "--kill-on-bad-exit=1", *RUN)
+    assert command.argv == ("srun", *options.split(), "--kill-on-bad-exit=1", "--quit-on-interrupt", *RUN)
     assert "--kill-on-bad-exit=1" in command.notes[0]
 
 

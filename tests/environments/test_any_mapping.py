@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from corpus import LAUNCHES
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import idist.environments
@@ -55,6 +55,31 @@ def test_detect_raises_nothing_but_launch_errors(variables: dict[str, str]) -> N
     with contextlib.suppress(LaunchError):
         assert_fits_together(detect(variables).topology)
     assert variables == before
+
+
+@st.composite
+def remainders(draw: st.DrawFn) -> tuple[dict[str, str], dict[str, str]]:
+    """What a launcher has set for a process, and what is left of it."""
+    processes = [process for launch in LAUNCHES if not launch.fails for process in launch.processes]
+    variables = dict(draw(st.sampled_from(processes)).variables)
+    lost = draw(st.lists(st.sampled_from(sorted(variables)), max_size=6)) if variables else []
+    return variables, {name: value for name, value in variables.items() if name not in lost}
+
+
+@settings(max_examples=500)
+@given(remainders())
+def test_what_is_left_of_a_launch_is_never_another_place(variables: tuple[dict[str, str], dict[str, str]]) -> None:
+    """As long as the launcher is recognised: this rank of so many, on this node of so many, or an error."""
+    whole, left = (None, None)
+    with contextlib.suppress(LaunchError):
+        whole, left = (detect(each).topology for each in variables)
+    if whole is None or left is None or left.environment != whole.environment:
+        return
+    assert (left.rank, left.world_size) == (whole.rank, whole.world_size)
+    if left.placed and whole.placed:
+        assert left.nnodes == whole.nnodes
+        assert left.node_rank == whole.node_rank
+        assert left.local_rank == whole.local_rank
 
 
 def assert_fits_together(found: Topology) -> None:

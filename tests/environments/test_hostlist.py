@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import pytest
 from hypothesis import given
@@ -72,6 +73,27 @@ def test_a_list_comes_back_as_it_was_written(numbers: list[int], width: int) -> 
     assert hostlist.hosts(f"n[{','.join(name[1:] for name in names)}]") == tuple(names)
 
 
+@given(
+    st.lists(
+        st.lists(
+            st.one_of(st.sampled_from(["a", "n-", ".x"]), st.tuples(st.integers(0, 30), st.integers(0, 4))), min_size=1
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_a_list_is_every_combination_of_its_ranges(entries: list[list[str | tuple[int, int]]]) -> None:
+    def written(part: str | tuple[int, int]) -> str:
+        return part if isinstance(part, str) else f"[{part[0]}-{part[0] + part[1]}]"
+
+    def read(part: str | tuple[int, int]) -> list[str]:
+        return [part] if isinstance(part, str) else [str(part[0] + index) for index in range(part[1] + 1)]
+
+    parts = [entry[:3] for entry in entries]
+    expected = tuple("".join(word) for entry in parts for word in itertools.product(*map(read, entry)))
+    assert hostlist.hosts(",".join("".join(map(written, entry)) for entry in parts)) == expected
+
+
 @pytest.mark.parametrize(("node", "tasks"), [(0, 2), (2, 2), (3, 1), (4, 10)])
 def test_tasks_on_a_node(node: int, tasks: int) -> None:
     assert hostlist.tasks_on("2(x3),1,10", node) == tasks
@@ -91,3 +113,25 @@ def test_tasks_beyond_the_list() -> None:
 def test_what_is_no_list_of_tasks(text: str) -> None:
     with pytest.raises(LaunchError, match="not a list of tasks per node"):
         hostlist.tasks_on(text, 0)
+
+
+@given(st.text("0123(x),- ", max_size=16), st.integers(0, 5))
+def test_any_text_is_a_list_of_tasks_or_a_launch_error(text: str, node: int) -> None:
+    with contextlib.suppress(LaunchError):
+        nodes, tasks = hostlist.total_tasks(text)
+        assert nodes >= 0
+        assert tasks >= 0
+        if node >= nodes:
+            with pytest.raises(LaunchError):
+                hostlist.tasks_on(text, node)
+        else:
+            assert 0 <= hostlist.tasks_on(text, node) <= tasks
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 5)), min_size=1, max_size=6))
+def test_a_list_of_tasks_comes_back_as_it_was_written(runs: list[tuple[int, int]]) -> None:
+    """With ``(x1)`` and without it."""
+    text = ",".join(f"{count}(x{repeat})" if repeat > 1 or count % 2 else str(count) for count, repeat in runs)
+    tasks = [count for count, repeat in runs for _ in range(repeat)]
+    assert hostlist.total_tasks(text) == (len(tasks), sum(tasks))
+    assert [hostlist.tasks_on(text, node) for node in range(len(tasks))] == tasks

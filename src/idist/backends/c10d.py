@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -45,6 +47,7 @@ _REDUCES: dict[str, dict[str, frozenset[torch.dtype]]] = {
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 _NOT_BACKENDS = frozenset({"undefined", "fake", "mpi4py"})  # the last is ours, under another name
 
 
@@ -73,6 +76,7 @@ class C10d(Backend):
         self._server: dist.TCPStore | None = None
         self._one_node = False
         self._timeout: timedelta | None = None
+        self._told_gloo = False
 
     # Life
 
@@ -132,6 +136,8 @@ class C10d(Backend):
         def connect(store: dist.Store, placed: Topology) -> None:
             # Some libraries make their connections at the first collective, by way of the store.
             store.set_timeout(timeout or rendezvous.DEFAULT_TIMEOUT)
+            if placed.nnodes == 1:
+                self._listen_on_loopback()
             dist.init_process_group(
                 self._torch_name,
                 store=store,
@@ -152,6 +158,20 @@ class C10d(Backend):
         if GroupMember.WORLD is not None:
             dist.destroy_process_group()
         self._server = None
+        if self._told_gloo:
+            self._told_gloo = False
+            os.environ.pop(_GLOO_INTERFACE, None)
+
+    def _listen_on_loopback(self) -> None:
+        """Where all ranks are on this node, nobody else need reach them.
+
+        Gloo listens where the name of the host leads, for every group anew, also for those that the user makes; it
+        can be told otherwise by an environment variable alone, so that is set as long as the group of all ranks lasts.
+        """
+        loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+        if loopback and "gloo" in self._by_device.values() and _GLOO_INTERFACE not in os.environ:
+            os.environ[_GLOO_INTERFACE] = loopback[0]
+            self._told_gloo = True
 
     def device(self) -> torch.device:
         return self._device

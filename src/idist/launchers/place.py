@@ -80,8 +80,6 @@ def assignment(
     }
     threads = 1 if forked else _threads(job.nproc_per_node, env)
     defaults = {"OMP_NUM_THREADS": str(threads)}
-    if topology.nnodes == 1 and (interface := _loopback_interface()) is not None:
-        defaults["GLOO_SOCKET_IFNAME"] = interface
     return Assignment(
         backend=job.backend.name,
         topology=topology,
@@ -108,8 +106,3 @@ def _threads(nproc_per_node: int, env: Mapping[str, str]) -> int:
         return int(wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // nproc_per_node)
-
-
-def _loopback_interface() -> str | None:
-    names = {name for _, name in socket.if_nameindex()}
-    return next((name for name in ("lo", "lo0") if name in names), None)

@@ -13,7 +13,6 @@ import dataclasses
 import multiprocessing
 import os
 import pickle
-import re
 import signal
 import struct
 import sys
@@ -26,10 +25,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from idist import backends, runtime
-from idist.errors import LaunchError, PeerFailed
+from idist.failures import may_be_consequence
 from idist.launchers.payload import Expected, Payload, Streams
 from idist.topology import Topology
 
@@ -46,7 +44,6 @@ LENGTH = struct.Struct("!Q")
 """What comes before the pickled outcome."""
 
 _FLUSH_S = 0.5
-_CONSEQUENCE = re.compile(r"connection (closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -152,9 +149,6 @@ def main(
     """
     lifeline.watch()
     signal.signal(signal.SIGINT, _interrupt_once)
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        if not assignment.forked:  # the fork server ignores them
-            signal.signal(number, signal.SIG_DFL)
     if assignment.forked:
         atexit._clear()  # what is registered there belongs to the process that we are a copy of
     outcome: Returned | Raised
@@ -221,13 +215,7 @@ def _raised(error: BaseException) -> Raised:
     exitcode = None
     if isinstance(error, SystemExit):
         exitcode = error.code if isinstance(error.code, int) else 1
-    return Raised(at, _may_be_consequence(error), _traceback_of(error), exitcode)
-
-
-def _may_be_consequence(error: BaseException) -> bool:
-    if isinstance(error, (PeerFailed, LaunchError, ConnectionError, TimeoutError, dist.DistError)):
-        return True
-    return isinstance(error, RuntimeError) and _CONSEQUENCE.search(str(error)) is not None
+    return Raised(at, may_be_consequence(error), _traceback_of(error), exitcode)
 
 
 def _traceback_of(error: BaseException) -> str:

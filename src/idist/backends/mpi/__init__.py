@@ -53,7 +53,7 @@ class Mpi(C10d):
         **options: Any,
     ) -> Topology:
         self._reject(options)
-        mpi = library.load(topology, os.environ)
+        mpi = library.load(topology, os.environ, timeout or DEFAULT_TIMEOUT)
         from idist.backends.mpi.group import NAME
 
         self._torch_name = NAME
@@ -62,6 +62,7 @@ class Mpi(C10d):
             topology = dataclasses.replace(topology, master_addr=host, job_token=token)
         topology = super().start(topology, timeout=timeout, device=device, init_method=init_method)
         library.abort_on_errors(mpi)
+        library.forget_shared_memory()  # all ranks have met, and so have all that there is
         return topology
 
     def stop(self) -> None:

@@ -7,18 +7,21 @@ a rank that raises ends the whole job, and one that ends says so to whoever then
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import logging
 import os
+import re
 import secrets
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,8 +36,15 @@ _GRACE_S = 1.0
 _SHOWING_S = 0.3
 """What mpiexec gets to pass on what was shown, before it ends everything."""
 _POLL_S = 0.001
+_SEGMENT = re.compile(r"/dev/shm/mpich_shm_\w+")
 _PROBE = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
 _PROBE_S = 60
+_WATCH = """
+import os, select, signal, sys
+if not select.select([0], [], [], float(sys.argv[2]))[0]:
+    os.write(2, sys.argv[3].encode())
+    os.kill(int(sys.argv[1]), signal.SIGKILL)
+"""
 # What the launcher of each family sets for the processes that it starts.
 _LAUNCHERS = {"Open MPI": "OMPI_COMM_WORLD_SIZE", "MPICH": "PMI_SIZE"}
 
@@ -65,21 +75,22 @@ def _name(version: str) -> str:
     return " ".join(version.partition("\n")[0].partition(",")[0].split())
 
 
-def load(topology: Topology, env: Mapping[str, str]) -> Any:
-    """``mpi4py.MPI``, started, with the ranks that ``topology`` tells.
+def load(topology: Topology, env: Mapping[str, str], timeout: timedelta) -> Any:
+    """``mpi4py.MPI``, started, with the ranks that ``topology`` tells. Where it does not start in time, we end.
 
     Raises:
         LaunchError: this process was not started by this library's own launcher.
         ConfigError: MPI was started without support for threads, or has ended.
     """
     _refuse_another_launcher(probe()[0], env)
-    from mpi4py import MPI
+    with _ending_if_late(topology, timeout.total_seconds()):
+        from mpi4py import MPI
 
-    if MPI.Is_finalized():
-        raise ConfigError("MPI has been finalized in this process and cannot start again; leave that to its end")
-    if not MPI.Is_initialized():  # the user has told mpi4py not to
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
-        atexit.register(MPI.Finalize)
+        if MPI.Is_finalized():
+            raise ConfigError("MPI has been finalized in this process and cannot start again; leave that to its end")
+        if not MPI.Is_initialized():  # the user has told mpi4py not to
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
+            atexit.register(MPI.Finalize)
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         levels = ("MPI_THREAD_SINGLE", "MPI_THREAD_FUNNELED", "MPI_THREAD_SERIALIZED")
         told = dict(zip((MPI.THREAD_SINGLE, MPI.THREAD_FUNNELED, MPI.THREAD_SERIALIZED), levels, strict=True))
@@ -90,6 +101,24 @@ def load(topology: Topology, env: Mapping[str, str]) -> Any:
     _refuse_another_world(MPI.COMM_WORLD, topology)
     abort_on_errors(MPI)
     return MPI
+
+
+@contextlib.contextmanager
+def _ending_if_late(topology: Topology, seconds: float) -> Iterator[None]:
+    """End this process if the block takes longer than that.
+
+    MPI waits for all ranks when it starts, for ever if one has failed before, and holds the interpreter's lock
+    meanwhile: only another process can look at the clock.
+    """
+    told = (
+        f"idist: rank {topology.rank} of {topology.world_size}: MPI has not started within {seconds:g} s. It waits "
+        "for all ranks: one has most likely failed before it came here, and what that has printed says why.\n"
+    )
+    watch = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _WATCH, str(os.getpid()), str(seconds), told], stdin=subprocess.PIPE
+    )
+    with watch:  # it ends when its input does
+        yield
 
 
 def _refuse_another_launcher(version: str, env: Mapping[str, str]) -> None:
@@ -158,6 +187,18 @@ def _see_off(mpi: Any, messages: list[Any]) -> None:
 
 
 # The end of the job
+
+
+def forget_shared_memory() -> None:
+    """Remove the name of the shared memory in which the ranks of a node meet, which they all have mapped by now.
+
+    MPICH does so when MPI ends, and so not at all if the job is killed or aborted: the memory would stay until the
+    machine is started anew.
+    """
+    with contextlib.suppress(FileNotFoundError):  # there is no /proc
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if (found := _SEGMENT.search(line)) is not None:
+                Path(found.group()).unlink(missing_ok=True)
 
 
 class _Abort:

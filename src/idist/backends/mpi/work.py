@@ -93,6 +93,7 @@ class MpiWork(dist.Work):
         self._begun = time.monotonic()
         self._done = False
         self._error: Exception | None = None
+        self._ended: Any = None
         self._future: Any = None
         self._lock = threading.Lock()
         _under_way.add(self)
@@ -200,16 +201,16 @@ class MpiWork(dist.Work):
         with self._lock:
             if self._future is not None:
                 return self._future
-            self._future = torch.futures.Future()
+            self._ended = torch.futures.Future()
+            # Whoever waits for it in C++, as DDP does, takes what Future.set_exception leaves for the tensors, and
+            # crashes. An error of a callback is an error there too.
+            self._future = self._ended.then(lambda ended: self.result())
         _progress.add(self)
         return self._future
 
     def settle(self) -> None:
-        """Tell the future how the operation has ended."""
-        if self._error is not None:
-            self._future.set_exception(self._error)
-        else:
-            self._future.set_result(self._tensors)
+        """Tell the future that the operation has ended."""
+        self._ended.set_result(None)
 
 
 class Together(MpiWork):

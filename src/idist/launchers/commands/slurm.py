@@ -9,7 +9,11 @@ from typing import ClassVar
 from idist.launchers.commands.base import Command, Request, Tool
 
 _END_TOGETHER = "--kill-on-bad-exit=1"
-_WHY = f"added {_END_TOGETHER}: when one process fails the others end too, as with every other launcher"
+_END_AT_ONCE = "--quit-on-interrupt"
+_WHY = (
+    f"added {_END_TOGETHER}: when one process fails the others end too, as with every other launcher",
+    f"added {_END_AT_ONCE}: one Ctrl-C ends the job; srun alone wants two within a second",
+)
 
 
 class Srun(Tool):
@@ -26,7 +30,8 @@ class Srun(Tool):
     def command(self, request: Request, env: Mapping[str, str]) -> Command:
         """Inside an allocation or, where the cluster has a default partition, in one that srun asks for."""
         nnodes = request.nnodes or (_allocated_nodes(env) if request.nproc else None)
-        return Command((self.program, *_size(request.nproc, nnodes), _END_TOGETHER, *request.python), (_WHY,))
+        options = (*_size(request.nproc, nnodes), _END_TOGETHER, _END_AT_ONCE)
+        return Command((self.program, *options, *request.python), _WHY)
 
 
 def batch_script(request: Request, directory: str) -> str:

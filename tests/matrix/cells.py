@@ -1,0 +1,131 @@
+"""The failure matrix: every way to fail, at every moment, under every launcher, and what is not as it should be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+MOMENTS = ("before init", "between steps", "inside a collective", "inside backward", "during finalize")
+LAUNCHERS = ("spawn", "torchrun", "srun", "mpiexec of MPICH", "mpiexec of Open MPI", "horovodrun")
+
+WITHIN_S = 10.0
+"""From the failure to the end of the job: nothing may be left of it then."""
+
+TIMEOUT_S = 60.0
+"""Of the collectives: no job that ends in time has waited for it."""
+
+STOPPED_TIMEOUT_S = 8.0
+"""Where nothing but the timeout can tell that a rank has stopped: so much later may the job end."""
+
+PATIENCE_S = 5.0
+"""And so long a rank that hears of it may wait for another to tell the cause."""
+
+
+class Kind(NamedTuple):
+    """A way to fail.
+
+    Attributes:
+        cause: what has to be told of it, a regular expression; where the rank itself can tell nothing, it is what the
+            launcher says.
+        silent: whether the rank ends without a word.
+    """
+
+    name: str
+    cause: str
+    silent: bool = False
+    interrupts: int = 0
+    timeout_s: float = TIMEOUT_S
+
+
+KINDS = (
+    Kind("raise", "ValueError: boom of rank 1"),
+    Kind("raise while others wait", "ValueError: boom of rank 1"),
+    Kind("raise in a DataLoader worker", "KeyError: 'no such item'|KeyError: no such item"),
+    Kind("raise what cannot be pickled", "Unpicklable: has a lock"),
+    Kind("out of memory", "MemoryError"),
+    Kind("sys.exit(3)", r"\b3\b|ended without taking part", silent=True),
+    Kind("os._exit(4)", r"\b4\b|ended without taking part", silent=True),
+    Kind("SIGTERM", r"SIGTERM|[Ss]ignal 15|-15|\b143\b|Terminated", silent=True),
+    Kind("SIGKILL", r"SIGKILL|[Ss]ignal 9|-9|\b137\b|Killed|EXIT CODE: 9", silent=True),
+    Kind("segmentation fault", r"SIGSEGV|[Ss]ignal 11|-11|\b139\b|Segmentation fault|EXIT CODE: 139", silent=True),
+    Kind("SIGSTOP", r"(?i)timed out|in time|never came|is stopped", silent=True, timeout_s=STOPPED_TIMEOUT_S),
+    Kind("Ctrl-C", "", silent=True, interrupts=1),
+    Kind("Ctrl-C twice", "", silent=True, interrupts=2),
+)
+KIND = {kind.name: kind for kind in KINDS}
+
+
+class Cell(NamedTuple):
+    launcher: str
+    kind: str
+    moment: str
+
+    def __str__(self) -> str:
+        return ", ".join(self)
+
+
+class Fact(NamedTuple):
+    """What a launcher, or Python, does not give, and idist cannot; where it may be seen, and why it is so.
+
+    Attributes:
+        problem: as the driver names it.
+        launchers, kinds, moments: regular expressions for whole names.
+    """
+
+    problem: str
+    launchers: str
+    kinds: str
+    moments: str
+    reason: str
+
+    def holds(self, cell: Cell) -> bool:
+        places = zip((self.launchers, self.kinds, self.moments), cell, strict=True)
+        return all(re.fullmatch(pattern, name) for pattern, name in places)
+
+
+LATE = "it takes longer"
+UNTOLD = "the cause is not told"
+NOT_LAST = "the cause is not told last"
+NO_RANK = "the rank is not told"
+PROCESS_LEFT = "a process is left"
+FILE_LEFT = "a file is left"
+EXIT_CODE_0 = "the exit code is 0"
+
+FACTS = (
+    Fact(
+        NOT_LAST,
+        "spawn",
+        "raise.*|out of memory",
+        "before init",
+        "multiprocessing imports the script before anything of idist runs, and shows the traceback itself: it stands "
+        "above that of the caller, which names the rank and points there.",
+    ),
+)
+
+
+def cells() -> Iterator[Cell]:
+    """The whole matrix."""
+    return (Cell(launcher, kind.name, moment) for launcher in LAUNCHERS for kind in KINDS for moment in MOMENTS)
+
+
+# Defects were found here.
+_FOUND = {
+    Cell("spawn", "SIGTERM", "before init"),
+    Cell("torchrun", "raise", "inside a collective"),
+    Cell("mpiexec of MPICH", "SIGSTOP", "inside backward"),
+    Cell("mpiexec of MPICH", "raise", "before init"),
+}
+
+
+def is_sample(cell: Cell) -> bool:
+    """Whether it is one of those that run every time: of each launcher every kind, and every moment."""
+    if cell in _FOUND:
+        return True
+    kind = [kind.name for kind in KINDS].index(cell.kind)
+    return MOMENTS.index(cell.moment) == (kind + LAUNCHERS.index(cell.launcher)) % len(MOMENTS)
+
+
+def known(cell: Cell) -> dict[str, Fact]:
+    """By the problem, what may be seen in this cell."""
+    return {fact.problem: fact for fact in FACTS if fact.holds(cell)}
