@@ -9,8 +9,8 @@ CONSTRAINTS ?= tools/cpu-constraints.txt
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mpich env-openmpi env-horovod bench-mpi bench-data demo test test-mpi test-mpich test-openmpi \
-	test-horovod test-slurm check docs dist test-gpu failures \
+.PHONY: help env env-mpich env-openmpi env-horovod env-xla bench-mpi bench-data demo test test-mpi test-mpich \
+	test-openmpi test-horovod test-xla test-slurm check docs dist test-gpu failures \
 	failures-mpich failures-openmpi soak clean
 
 help: ## list the commands
@@ -22,7 +22,8 @@ demo: env ## train a small CNN on handwritten digits with two processes
 	$(VENV)/bin/python examples/digits.py --nproc_per_node 2 --min_accuracy 0.97 $(ARGS)
 
 test: env ## run every test that needs pip alone
-	$(VENV)/bin/python -m pytest -m "not gpu and not slurm and not mpi and not horovod and not matrix and not soak" $(ARGS)
+	$(VENV)/bin/python -m pytest $(ARGS) \
+		-m "not gpu and not slurm and not mpi and not horovod and not xla and not matrix and not soak"
 
 check: env ## lint, format, types
 	$(VENV)/bin/ruff check
@@ -32,6 +33,8 @@ check: env ## lint, format, types
 env-mpich env-openmpi: env-%: $(VENV)-%/.made ## make an environment with this MPI
 
 env-horovod: $(VENV)-horovod/.made ## make an environment with Horovod, which is built the first time
+
+env-xla: $(VENV)-xla/.made ## make an environment with torch_xla, on the CPU; 2.2 GB, kept in ~/.cache/idist
 
 test-mpi: test-mpich test-openmpi ## run the tests that need a real mpiexec, with MPICH and with Open MPI
 
@@ -44,6 +47,9 @@ test-mpich test-openmpi: test-%: env-mpich env-openmpi
 test-horovod: env-horovod env-mpich ## run the tests that need Horovod
 	$(VENV)-horovod/bin/python -m pytest -m "horovod and not matrix" tests/hvd tests/matrix tests/test_documents.py \
 		tests/examples/test_readme_commands.py $(ARGS)
+
+test-xla: env-xla ## run the tests that need torch_xla, on the CPU
+	$(VENV)-xla/bin/python -m pytest -m xla tests/xla $(ARGS)
 
 bench-mpi: env-mpich env-openmpi ## compare mpi with gloo, with MPICH and with Open MPI
 	for mpi in mpich openmpi; do \
@@ -89,7 +95,8 @@ test-gpu: ## run the tests that need a CUDA device, with the python3 and torch t
 	PYTHONPATH=$(CURDIR)/src python3 -m pytest -m gpu $(ARGS)
 
 clean: ## remove the environment and what the tools left
-	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi $(VENV)-horovod $(VENV)-bench $(VENV)-docs $(VENV)-dist
+	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi $(VENV)-horovod $(VENV)-xla $(VENV)-bench $(VENV)-docs \
+		$(VENV)-dist
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache digits.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -123,4 +130,14 @@ $(VENV)-horovod/.made: pyproject.toml $(CONSTRAINTS) tools/horovod-wheel.sh
 	$(@D)/bin/pip install --constraint $(CONSTRAINTS) "$(TORCH)" --editable ".[test]" \
 		|| { echo "$(@D) is not made. Was it the CUDA build of torch? $(CONSTRAINTS) says what to do." >&2; exit 1; }
 	wheel=$$(PYTHON=$(@D)/bin/python tools/horovod-wheel.sh) && $(@D)/bin/pip install "$$wheel"
+	touch $@
+
+# torch here is one that pip must not complete: its needs are gigabytes of CUDA libraries.
+$(VENV)-xla/.made: pyproject.toml tools/xla-packages.sh
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --no-deps --editable .
+	$(@D)/bin/pip install $$($(@D)/bin/python -c "from importlib.metadata import requires; \
+		print(*(need.partition(';')[0] for need in requires('idist') if need.endswith(\"extra == 'test'\")))")
+	folder=$$(PYTHON=$(@D)/bin/python tools/xla-packages.sh) \
+		&& echo "$$folder" > "$$($(@D)/bin/python -c 'import site; print(*site.getsitepackages())')/xla.pth"
 	touch $@

@@ -522,7 +522,9 @@ def _reduce_staged(context: Context, group: Group, staged: Tensor, op: str) -> t
         work, finish = _reduce_staged(context, group, staged, "SUM")
         return work, lambda: (finish(), staged.div_(group.size))
     if staged.dtype.is_complex and op == "SUM":
-        return _reduce_staged(context, group, torch.view_as_real(staged), op)
+        parts = torch.view_as_real(staged)  # a copy where tensors are not memory, so it is copied back
+        work, finish = _reduce_staged(context, group, parts, op)
+        return work, lambda: (finish(), staged.copy_(torch.view_as_complex(parts)))
     if context.backend.reduces(op, staged.dtype):
         return context.backend.all_reduce_(staged, op, group), lambda: None
     rows = staged.new_empty(group.size * staged.numel())

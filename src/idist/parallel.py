@@ -220,7 +220,7 @@ def _attach(backend: str | None, options: Mapping[str, Any]) -> bool:
     if context.backend.model_name == "serial":
         runtime.initialize(backend, **options)
         return backend is not None
-    if backend not in (None, backends.AUTO, context.backend.name):
+    if backend not in (None, backends.AUTO) and backends.create(backend).name != context.backend.name:
         raise ConfigError(
             f"backend={backend!r} was asked for, but a {context.backend.name} context exists already; "
             "leave backend out to use it, or end it before"

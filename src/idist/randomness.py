@@ -43,5 +43,6 @@ def seed_all(seed: int, *, per_rank: bool = False) -> None:
         seed = int.from_bytes(digest[:8], "big") >> 1
     random.seed(seed)
     torch.manual_seed(seed)
+    current().backend.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed([seed & 0xFFFFFFFF, seed >> 32])

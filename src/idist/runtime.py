@@ -329,10 +329,15 @@ def _refresh(context: Context) -> Context:
         return context
     adopted = next(filter(None, (cls.attach() for cls in backends.classes())), None)
     if adopted is None:
+        _of_threads.pop(threading.get_ident(), None)
         _context = _serial()
+        return _context
+    context = Context(adopted, _observed(adopted, os.environ), owned=False, verify=_verify_by_default())
+    if adopted.rank_is_thread:
+        _of_threads[threading.get_ident()] = context
     else:
-        _context = Context(adopted, _observed(adopted, os.environ), owned=False, verify=_verify_by_default())
-    return _context
+        _context = context
+    return context
 
 
 def _observed(backend: Backend, env: Mapping[str, str]) -> Topology:

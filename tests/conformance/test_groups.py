@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import idist
-from conformance.values import filled, last, raises, reduced, same, side_by_side, snapshot
+from conformance.values import filled, last, raises, received, reduced, same, side_by_side, snapshot
 
 RANKS: dict[str, Callable[[int], list[int]]] = {
     "all": lambda size: list(range(size)),
@@ -104,7 +104,7 @@ def test_gather_and_scatter(ranks: str, form: str) -> None:
         mine = given if rank == root else None
         result = idist.scatter(mine, src=root, group=group)
         if member:
-            same(result, given[members.index(rank)])
+            same(result, received(given[members.index(rank)]))
         else:
             assert result is mine
 
@@ -153,7 +153,7 @@ def test_async(ranks: str) -> None:
     scattered = results.pop("scatter")
     if member:
         total = float(sum(members))
-        same(scattered, torch.full((12,), float(members[0])))
+        same(scattered, received(torch.full((12,), float(members[0]))))
         same(results["all_reduce"], torch.full((12,), total))
         same(results["all_gather"], side_by_side([torch.full((12,), float(rank)) for rank in members]))
         same(results["broadcast"], torch.full((12,), float(members[0])))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import idist
-from conformance.values import DTYPES, LAYOUTS, filled, last, of_all, raises, same, snapshot
+from conformance.values import DTYPES, LAYOUTS, filled, last, of_all, raises, received, same, snapshot
 
 
 def from_rank(source: int, values: Any) -> Any:
@@ -22,7 +22,7 @@ def test_dtype_from_every_rank(dtype: torch.dtype) -> None:
     for source in range(idist.get_world_size()):
         given = of_all(filled, dtype, (2, 3))
         result = from_rank(source, given)
-        same(result, filled(idist.get_rank(), dtype, (2, 3)))
+        same(result, received(filled(idist.get_rank(), dtype, (2, 3))))
         same(given, of_all(filled, dtype, (2, 3)))
         result.zero_()  # it is ours alone
         same(given, of_all(filled, dtype, (2, 3)))
@@ -31,7 +31,7 @@ def test_dtype_from_every_rank(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout(layout: str) -> None:
     result = from_rank(last(), of_all(LAYOUTS[layout]))
-    same(result, snapshot(LAYOUTS[layout](idist.get_rank())))
+    same(result, received(snapshot(LAYOUTS[layout](idist.get_rank()))))
     assert not result.requires_grad
     assert result.device.type == idist.device().type
 

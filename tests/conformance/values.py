@@ -87,6 +87,11 @@ def reduced(op: str, parts: Sequence[Tensor]) -> Tensor:
     return (result / len(parts) if op == "AVERAGE" else result).to(dtype)
 
 
+def received(tensor: Any) -> Any:
+    """As a rank gets it that has passed no tensor of its own: on the device of the backend."""
+    return tensor.to(idist.device()) if isinstance(tensor, Tensor) else tensor
+
+
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:
     """What a gather of these makes, by definition."""
     return torch.cat([snapshot(part).reshape(1) if part.ndim == 0 else snapshot(part) for part in parts])
@@ -111,7 +116,9 @@ def same(actual: Any, expected: Any) -> None:
     """Same type, same value: tensors to the last bit of value, dtype, device and shape, floats to the sign of zero."""
     assert type(actual) is type(expected), f"got {actual!r}, a {type(actual)}, expected {expected!r}"
     if isinstance(expected, Tensor):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+        assert actual.device == expected.device, f"got a tensor on {actual.device}, expected one on {expected.device}"
+        # On the CPU, as not every device compares every type.
+        torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=0, atol=0, equal_nan=True)
     elif isinstance(expected, (list, tuple)):
         assert len(actual) == len(expected), f"got {actual!r}, expected {expected!r}"
         for ours, theirs in zip(actual, expected, strict=True):

@@ -45,7 +45,10 @@ class World(ABC):
     Attributes:
         backend: as ``idist.Parallel`` knows it, or what stands in for it.
         size: the number of ranks.
+        deadline_s: of one test with all that it starts; bodies have a shorter one of their own.
     """
+
+    deadline_s = 90
 
     def __init__(self, backend: str, size: int) -> None:
         self.backend = backend
@@ -98,7 +101,7 @@ class Processes(World):
         self._ended_with = ""
         ours, theirs = zip(*(Pipe() for _ in range(self.size)), strict=True)
         self._channels = ours
-        self._launcher = threading.Thread(target=self._launch, args=(theirs,), name=f"launcher of {self}", daemon=True)
+        self._launcher = threading.Thread(target=self._launch, args=(serve, theirs), daemon=True)
         self._launcher.start()
         self._pids = [pid for _, pid in self._answers(START_S)]
         for channel in theirs:
@@ -130,10 +133,10 @@ class Processes(World):
             self._kill()
             raise RankFailed("\n".join([*failures, f"what ended them: {self._ended_with}"]))
 
-    def _launch(self, theirs: Sequence[Connection]) -> None:
+    def _launch(self, function: Body, argument: Any) -> None:
         try:
             with idist.Parallel(self.backend, nproc_per_node=self.size, timeout=COLLECTIVE_S) as parallel:
-                parallel.run(serve, theirs)
+                parallel.run(function, argument)
         except Exception as error:
             self._ended_with = str(error)
 
@@ -205,6 +208,8 @@ def _is_there(pid: int) -> bool:
 
 
 ATTACH = "IDIST_ATTACH"
+REPLICAS = "IDIST_REPLICAS"
+"""How many ranks of XLA on the CPU are the only world, if it is set."""
 
 
 @cache
@@ -212,6 +217,10 @@ def worlds() -> tuple[World, ...]:
     """All worlds that the suite runs in, the quick ones first."""
     if ATTACH in os.environ:
         return (Attached(os.environ[ATTACH]),)
+    if REPLICAS in os.environ:
+        from xla.replicas import Replicas
+
+        return (Replicas(int(os.environ[REPLICAS])),)
     return (
         Alone("serial", 1),
         Threads("threads", 2),
@@ -229,12 +238,16 @@ def perform(body: Body, arguments: Mapping[str, Any]) -> None:
 
 
 def serve(local_rank: int, channels: Sequence[Connection]) -> None:
-    """A rank that is a process: perform what comes, say how it went, until nothing comes any more."""
-    warnings.simplefilter("error")  # as it is for pytest
+    """A rank that is a process, with the channels of all."""
     for index, channel in enumerate(channels):
         if index != local_rank:
             channel.close()
-    channel = channels[local_rank]
+    answer(channels[local_rank])
+
+
+def answer(channel: Connection) -> None:
+    """Perform what comes, say how it went, until nothing comes any more."""
+    warnings.simplefilter("error")  # as it is for pytest
     channel.send(os.getpid())
     while (job := channel.recv()) is not None:
         body, arguments = job

@@ -58,7 +58,7 @@ def auto_model(
         )
     context = current()
     if len({parameter.device for parameter in model.parameters()}) <= 1:  # else its user has placed the parts
-        model = model.to(context.backend.device())
+        model = _moved(model, context.backend.device())
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return model
     if strategy == "none":
@@ -70,9 +70,26 @@ def auto_model(
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return context.backend.shard_model(model, **kwargs)
     wrapped = context.backend.wrap_model(model, sync_bn=sync_bn, **kwargs)
-    if wrapped is model and context.world_size > 1 and not context.backend.optimizer_reduces:
+    if wrapped is model and context.world_size > 1 and not context.backend.model_stays:
         raise ConfigError(
             f"backend {context.backend.name!r} does not synchronise the gradients of a model, and there are "
             f"{context.world_size} ranks: each would train a model of its own. Use a backend that does."
         )
     return wrapped
+
+
+def _moved(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model there, with weights still tied that were tied.
+
+    On some devices tensors cannot take the place of those on the CPU: torch then makes a new parameter for each name.
+    """
+    first: dict[torch.nn.Parameter, str] = {}
+    tied: list[tuple[str, str]] = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name:
+            tied.append((name, first[parameter]))
+    model = model.to(device)
+    for name, same in tied:
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, model.get_parameter(same))
+    return model

@@ -17,6 +17,7 @@ from idist.backends.c10d import C10d
 from idist.backends.horovod import Horovod
 from idist.backends.mpi import Mpi
 from idist.backends.serial import Serial
+from idist.backends.xla import Xla
 from idist.errors import BackendUnavailable, ConfigError, close_match
 
 __all__ = [
@@ -32,16 +33,12 @@ __all__ = [
 
 AUTO = "auto"
 
-BUILTIN: tuple[type[Backend], ...] = (Serial, Mpi, C10d, Horovod)
+BUILTIN: tuple[type[Backend], ...] = (Serial, Mpi, Xla, C10d, Horovod)
 """Ours. ``import idist`` looks at no other package: :func:`classes` does, when a backend is asked for."""
 
 
-def _has(name: str) -> bool:
-    return any(name in cls.names() for cls in BUILTIN)
-
-
 has_native_dist_support = dist.is_available()
-has_xla_support = _has("xla-tpu")
+has_xla_support = Xla.installed()
 has_hvd_support = Horovod.installed()
 
 

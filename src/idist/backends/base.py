@@ -76,8 +76,9 @@ class Backend(ABC):
             program without which the backend's library connects nothing.
         library: the module that a user imports to start it without idist; none where that is a process
             group of torch, which is noticed without.
-        optimizer_reduces: whether the optimizer of :meth:`wrap_optimizer` reduces the gradients, so that
-            :meth:`wrap_model` may return the model itself.
+        model_stays: whether :meth:`wrap_model` returns the model itself, and its gradients are reduced all the same:
+            by hooks of it, or by the optimizer of :meth:`wrap_optimizer`.
+        rank_is_thread: whether this process has several ranks, of which the calling thread is one.
         rank: of this process; set by :meth:`start` or :meth:`attach`.
         world_size: of the job; likewise.
     """
@@ -86,7 +87,8 @@ class Backend(ABC):
     model_name: str
     launcher: ClassVar[str] = "multiprocessing"
     library: ClassVar[str] = ""
-    optimizer_reduces: ClassVar[bool] = False
+    model_stays: ClassVar[bool] = False
+    rank_is_thread: bool = False
     rank: int
     world_size: int
 
@@ -147,6 +149,20 @@ class Backend(ABC):
     def device_for(self, tensor: Tensor) -> torch.device:
         """Where this tensor has to be for the primitives; a composite backend takes it where it is."""
         return self.device()
+
+    def seed(self, seed: int) -> None:
+        """Seed what draws random numbers on :meth:`device`, where ``torch.manual_seed`` does not."""
+
+    def random_state(self) -> Any:
+        """Of what draws random numbers on :meth:`device`, as plain data; ``None`` if that is the CPU."""
+        device = self.device()
+        return None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+
+    def set_random_state(self, state: Any) -> None:
+        """Put back what :meth:`random_state` gave, here or, if it is of use, on another kind of device."""
+        device = self.device()
+        if device.type != "cpu" and isinstance(state, Tensor):
+            torch.get_device_module(device).set_rng_state(state)
 
     # Primitives
 

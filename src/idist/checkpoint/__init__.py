@@ -95,7 +95,7 @@ def save(
         tensors, details = contents.of(model, optimizer)
         details["values"] = {name: contents.of_value(name, value) for name, value in values.items()}
         mine = {
-            "random": random_states.get(context.backend.device()),
+            "random": random_states.get(context.backend),
             "loader": None if loader is None else loader.state_dict(),
         }
     details["by_rank"] = collectives.gather(mine)
@@ -186,7 +186,7 @@ def load(
     if loader is not None:
         loader.load_state_dict(ours[context.rank if same_ranks else 0]["loader"])
     if same_ranks:
-        random_states.set(ours[context.rank]["random"], context.backend.device())
+        random_states.set(ours[context.rank]["random"], context.backend)
     return {name: value for name, value in theirs.items() if name not in stateful}
 
 

@@ -153,9 +153,13 @@ def read(tensors: dict[str, Tensor], folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from warning that there is no process group, and so that one process reads and writes alone."""
+    """Keep torch from warning that there is no process group, and so that one process reads and writes alone.
+
+    And before 2.11, of what it does itself with tensors that come from another device.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
         yield
 
 

@@ -31,4 +31,8 @@ def launch(
         from idist.launchers import mpi  # what few need
 
         return mpi.launch(job, fn, args, kwargs, env)
+    if job.backend.launcher == "torch_xla.launch":
+        from idist.launchers import xla
+
+        return xla.launch(job, fn, args, kwargs, env)
     return spawn.launch(job, fn, args, kwargs, env)

@@ -75,6 +75,7 @@ class Assignment:
     """What a worker is to be.
 
     Attributes:
+        backend: by its name, for a worker that is a rank; or what runs the function on ranks that it starts itself.
         environment: of this process; ``None``: that which it has.
         variables: what is added to it.
         threads: with how many it computes.
@@ -83,7 +84,7 @@ class Assignment:
         forked: whether it is a copy of the process that started us.
     """
 
-    backend: str
+    backend: str | Callable[..., Any]
     topology: Topology
     environment: Mapping[str, str] | None
     variables: Mapping[str, str]
@@ -116,7 +117,7 @@ class Lifeline:
         for child in multiprocessing.active_children():  # such as those of a DataLoader
             child.kill()
         # The main thread may be stuck while it holds a stream, so somebody else flushes, for a moment.
-        flushing = threading.Thread(target=_flush, daemon=True)
+        flushing = threading.Thread(target=flush, daemon=True)
         flushing.start()
         flushing.join(_FLUSH_S)
         os._exit(1)
@@ -134,7 +135,7 @@ def refuse_unguarded_main() -> None:
     tells it its parent.
     """
     if inside() and multiprocessing.parent_process() is None:
-        _flush()
+        flush()
         os._exit(UNGUARDED)
 
 
@@ -157,8 +158,8 @@ def main(
         _settle_in(assignment)
         outcome = Returned(_work(assignment, *payload.open(orders)))
     except BaseException as error:
-        outcome = _raised(error)
-    _flush()
+        outcome = raised(error)
+    flush()
     message = pickle.dumps(outcome)
     with contextlib.suppress(BrokenPipeError):
         _send(report, LENGTH.pack(len(message)), message)
@@ -192,25 +193,37 @@ def _work(
     kwargs: dict[str, Any],
     options: dict[str, Any],
 ) -> bytes:
+    if callable(assignment.backend):
+        return returned(assignment.backend, fn, args, kwargs, options)
     runtime.start(backends.create(assignment.backend), assignment.topology, **options)
+    result = returned(fn, assignment.topology.local_rank, *args, **kwargs)
+    runtime.finalize()
+    return result
+
+
+def returned(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> bytes:
+    """What the function returns, pickled; None, if it ends the program and says that all is well.
+
+    Raises:
+        TypeError: it cannot be sent.
+    """
     try:
-        value = fn(assignment.topology.local_rank, *args, **kwargs)
+        value = fn(*args, **kwargs)
     except SystemExit as exit_:
         if exit_.code not in (None, 0):
             raise
         value = None  # it said that all is well
     try:
-        result = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # whatever a __reduce__ of the user raises
         raise TypeError(
             f"what the function returned, a {type(value).__name__}, cannot be sent to the process that started it: "
             f"{error}. Return plain values, tensors, or None."
         ) from error
-    runtime.finalize()
-    return result
 
 
-def _raised(error: BaseException) -> Raised:
+def raised(error: BaseException) -> Raised:
+    """How it is told."""
     at = time.monotonic()
     exitcode = None
     if isinstance(error, SystemExit):
@@ -242,7 +255,8 @@ def _send(report: Connection, *parts: bytes) -> None:
             view = view[os.write(report.fileno(), view[: 1 << 20]) :]
 
 
-def _flush() -> None:
+def flush() -> None:
+    """Write out what was printed, now."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # closed, or nobody reads it
             stream.flush()

@@ -38,7 +38,7 @@ class Horovod(Backend):
 
     model_name = "horovod-dist"
     library: ClassVar[str] = "horovod.torch"
-    optimizer_reduces: ClassVar[bool] = True
+    model_stays: ClassVar[bool] = True
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
