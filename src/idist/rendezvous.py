@@ -36,8 +36,9 @@ DEFAULT_TIMEOUT = timedelta(minutes=5)
 """How long ranks wait for each other where the user gave no timeout: torch's default for stores."""
 
 _RETRY_S = 0.2
-_POLL_S = 0.005
-_LONGEST_POLL_S = 0.05
+_FIRST_RETRY_S = 0.01
+_POLL_S = 0.05
+_FIRST_POLL_S = 0.001
 _PROBE_S = 2.0
 _HANDSHAKE_S = 5.0
 _LINGER_S = 2.0
@@ -298,6 +299,7 @@ def _connect(address: _Address, card: str, topology: Topology, deadline: float) 
     astray = time.monotonic() + _ASTRAY_S
     # One at a time, lest a thousand ranks knock at a thousand hosts because rank 0 is late.
     others = itertools.cycle(address.hosts[address.likely :])
+    pauses = _pauses(_FIRST_RETRY_S, _RETRY_S)
     while time.monotonic() < deadline:
         another = next(others, None) if time.monotonic() > astray else None
         hosts = [*address.hosts[: address.likely], *([another] if another else [])]
@@ -310,11 +312,19 @@ def _connect(address: _Address, card: str, topology: Topology, deadline: float) 
                     raise LaunchError(f"rank {topology.rank}: {host}:{port} is not ours: {problem}") from None
             except (OSError, RuntimeError) as error:
                 problem = _first_line(error)
-        time.sleep(_RETRY_S)
+        time.sleep(next(pauses))
     raise LaunchError(
         f"rank {topology.rank} of {topology.world_size} on {socket.gethostname()} could not reach the store of its job "
         f"at {address}: {problem}. Is rank 0 running, and can this host reach it?"
     )
+
+
+def _pauses(first: float, longest: float) -> Iterator[float]:
+    """Seconds between two looks: who is about to come is there at once, who is late does not keep the store busy."""
+    pause = first
+    while True:
+        yield pause
+        pause = min(2 * pause, longest)
 
 
 def _first_line(error: Exception) -> str:
@@ -378,13 +388,14 @@ def _next_attempt(store: dist.Store, topology: Topology, after: int, deadline: f
     """
     if topology.rank == 0:
         return int(store.add("attempt", 1))
+    pauses = _pauses(_FIRST_POLL_S, _POLL_S)
     while (attempt := int(store.add("attempt", 0))) <= after:
         if time.monotonic() > deadline:
             raise LaunchError(
                 f"rank {topology.rank} of {topology.world_size} waited in vain for rank 0 "
                 + (f"to come again: attempt {after} is over" if after else "to come")
             )
-        time.sleep(_POLL_S)
+        time.sleep(next(pauses))
     return attempt
 
 
@@ -462,9 +473,9 @@ class _Meeting:
 
     def see_others_off(self) -> None:
         """Rank 0, which serves the store, stays until the others have read the verdict."""
-        until = time.monotonic() + _LINGER_S
+        until, pauses = time.monotonic() + _LINGER_S, _pauses(_FIRST_POLL_S, _POLL_S)
         while self.store.add("gone", 0) < self._topology.world_size and time.monotonic() < until:
-            time.sleep(_POLL_S)
+            time.sleep(next(pauses))
 
     def _agree_on(self, purpose: str) -> None:
         first = self.store.compare_set("purpose", "", purpose).decode()
@@ -486,15 +497,14 @@ class _Meeting:
             raise LaunchError(verdict)
 
     def _wait_for(self, key: str, stage: str) -> None:
-        pause = _POLL_S
+        pauses = _pauses(_FIRST_POLL_S, _POLL_S)
         while not self.store.check([key]):
             if int(self._all_attempts.add("attempt", 0)) > self._attempt:
                 raise _Past
             if time.monotonic() > self._deadline:
                 self._say(stage, self._missing())
                 continue
-            time.sleep(pause)  # not store.wait, which writes two lines to stderr each time that it waits in vain
-            pause = min(2 * pause, _LONGEST_POLL_S)
+            time.sleep(next(pauses))  # not store.wait, which writes two lines to stderr when it waits in vain
 
     @contextlib.contextmanager
     def _telling_others(self) -> Iterator[None]:
