@@ -14,7 +14,7 @@ import torch
 from idist import backends, collectives, groups, runtime
 from idist.backends.base import Group
 from idist.errors import ConfigError, PeerFailed
-from idist.runtime import Context, current, get_local_rank, placed
+from idist.runtime import Context, current, get_local_rank
 from idist.topology import Topology
 
 __all__ = [
@@ -53,17 +53,17 @@ def get_world_size() -> int:
 
 def get_nproc_per_node() -> int:
     """Number of processes of the job on this node. Cost and errors: as :func:`get_local_rank`."""
-    return placed().nproc_per_node
+    return current().nodes.nproc_per_node  # type: ignore[no-any-return]
 
 
 def get_nnodes() -> int:
     """Number of nodes of the job. Cost and errors: as :func:`get_local_rank`."""
-    return placed().nnodes
+    return current().nodes.nnodes  # type: ignore[no-any-return]
 
 
 def get_node_rank() -> int:
     """Index of this node in the job. Cost and errors: as :func:`get_local_rank`."""
-    return placed().node_rank
+    return current().nodes.node_rank  # type: ignore[no-any-return]
 
 
 def get_topology() -> Topology:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed import distributed_c10d as c10d
@@ -28,7 +28,7 @@ from idist import backends, environments, failures
 from idist.backends.base import Backend, Group
 from idist.backends.serial import Serial
 from idist.errors import ConfigError, LaunchError, UnknownArgument
-from idist.topology import SERIAL, UNKNOWN, Topology
+from idist.topology import SERIAL, Topology
 
 __all__ = ["Context", "current", "finalize", "get_local_rank", "initialize", "place", "set_local_rank", "start", "sync"]
 
@@ -46,6 +46,17 @@ def _library() -> str:
     return ""
 
 
+class _Unplaced:
+    """Stands where the node fields would be, and says why there are none."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise LaunchError(
+            "the process group was made by hand and no launcher's variables tell which ranks share a node. "
+            "Call idist.sync() on every rank once (it exchanges the host names), or set LOCAL_RANK, "
+            "LOCAL_WORLD_SIZE, GROUP_RANK and GROUP_WORLD_SIZE before the group is made."
+        )
+
+
 class Context:
     """A backend, this process's place in it, and what belongs to both.
 
@@ -57,6 +68,7 @@ class Context:
         native: whether the backend's primitive does a reduction of a type of tensor as it is.
         extra_groups: handles of the groups that were made with options, freed with the context too.
         everyone: the group of all ranks.
+        nodes: the topology, where its node fields are known; else to ask for one is a LaunchError.
         neighbours: the global ranks of this node by local rank, once somebody has asked.
         world: the torch process group that was current when this context was last looked at: when
             another one is, or none, the user made or destroyed it.
@@ -66,7 +78,7 @@ class Context:
 
     def __init__(self, backend: Backend, topology: Topology, *, owned: bool, verify: bool = False) -> None:
         self.backend = backend
-        self.topology = topology
+        self.place(topology)
         self.rank = topology.rank
         self.world_size = topology.world_size
         self.owned = owned
@@ -81,6 +93,11 @@ class Context:
         self.world: Any = GroupMember.WORLD
         self.library = "" if owned else _library()
         self.bound_to_world = not owned or self.world is not None
+
+    def place(self, topology: Topology) -> None:
+        """Take this place, which may tell more than the one before."""
+        self.topology = topology
+        self.nodes: Any = topology if topology.placed else _Unplaced()
 
     def free_groups(self) -> None:
         """Free the groups that were made in this context; never communicates."""
@@ -129,22 +146,6 @@ def current() -> Context:
         if name in sys.modules and context.library != _library():
             return _refresh(context)
     return context
-
-
-def placed() -> Topology:
-    """That of the current context, where the node fields are known.
-
-    Raises:
-        LaunchError: a process group made by hand, and no variables that tell the nodes.
-    """
-    topology = current().topology
-    if topology.local_rank == UNKNOWN:
-        raise LaunchError(
-            "the process group was made by hand and no launcher's variables tell which ranks share a node. "
-            "Call idist.sync() on every rank once (it exchanges the host names), or set LOCAL_RANK, "
-            "LOCAL_WORLD_SIZE, GROUP_RANK and GROUP_WORLD_SIZE before the group is made."
-        )
-    return topology
 
 
 def initialize(
@@ -280,7 +281,7 @@ def place() -> Context:
     """
     context = current()
     if not context.topology.placed:
-        context.topology = context.topology.place(_exchange_hosts(context))
+        context.place(context.topology.place(_exchange_hosts(context)))
     return context
 
 
@@ -302,11 +303,10 @@ def get_local_rank() -> int:
     Raises:
         LaunchError: the process group was made by hand and nothing tells; :func:`idist.sync` finds out.
     """
-    if _local_rank_hint is not None:
-        context = current()
-        if not context.owned and context.world_size > 1:
-            return _local_rank_hint
-    return placed().local_rank
+    context = current()
+    if _local_rank_hint is not None and not context.owned and context.world_size > 1:
+        return _local_rank_hint
+    return context.nodes.local_rank  # type: ignore[no-any-return]
 
 
 @contextmanager

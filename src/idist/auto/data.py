@@ -201,7 +201,7 @@ def _divided(kwargs: dict[str, Any], plan: _Plan) -> dict[str, Any]:
             )
     if options.get("num_workers"):
         # Rounded up, so never 0: persistent_workers and the like, which need a worker, stay right.
-        options["num_workers"] = -(-options["num_workers"] // runtime.placed().nproc_per_node)
+        options["num_workers"] = -(-options["num_workers"] // runtime.current().nodes.nproc_per_node)
     return options
 
 
