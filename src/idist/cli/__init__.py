@@ -1,4 +1,4 @@
-"""The command line: ``idist check`` and ``idist run``. Each command is a file with ``add_to``."""
+"""The command line: ``idist check``, ``idist run`` and ``idist bench``. Each command is a file with ``add_to``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import idist
-from idist.cli import check, run
+from idist.cli import bench, check, run
 from idist.errors import ConfigError, IdistError
 from idist.launchers.argv import drop_local_rank
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     check.add_to(commands)
     run.add_to(commands)
+    bench.add_to(commands)
     arguments = parser.parse_args(argv)
     try:
         code: int = arguments.execute(arguments)
