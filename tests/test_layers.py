@@ -39,7 +39,7 @@ HEIGHT = {part: height for height, row in enumerate(LAYERS) for part in row}
 STRANGERS = {"backends": "environments"}
 WITHOUT_TORCH = ("errors", "topology", "environments")
 
-BACKENDS = re.compile(r"\b(gloo|nccl|mpi|ucc|xccl|hccl|xla|horovod|hvd)\b", re.IGNORECASE)
+BACKENDS = re.compile(r"\b(gloo|nccl(?!-tests)|mpi|ucc|xccl|hccl|xla|horovod|hvd)\b", re.IGNORECASE)
 # Where backends are named: their own files, and the registry. An environment or launcher may bear a backend's name.
 NAMERS = {module for module in MODULES if module.startswith("idist.backends")} - {"idist.backends.base"}
 NAMESAKES = ("idist.environments", "idist.launchers")
