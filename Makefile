@@ -9,8 +9,8 @@ CONSTRAINTS ?= tools/cpu-constraints.txt
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-mpich env-openmpi env-horovod env-xla bench-mpi bench-data demo test test-mpi test-mpich \
-	test-openmpi test-horovod test-xla test-slurm check docs dist test-gpu failures \
+.PHONY: help env env-mpich env-openmpi env-horovod env-xla bench bench-mpi bench-data bench-scale demo test test-mpi \
+	test-mpich test-openmpi test-horovod test-xla test-slurm check docs dist test-gpu failures \
 	failures-mpich failures-openmpi soak clean
 
 help: ## list the commands
@@ -55,6 +55,12 @@ bench-mpi: env-mpich env-openmpi ## compare mpi with gloo, with MPICH and with O
 	for mpi in mpich openmpi; do \
 		PATH="$(CURDIR)/$(VENV)-$$mpi/bin:$$PATH" python -m idist run --mpi --nproc 2 bench/mpi.py $(ARGS) || exit 1; \
 	done
+
+bench: $(VENV)-bench/.made ## measure idist beside its peers, in turns
+	$(VENV)-bench/bin/python bench/everything.py $(ARGS)
+
+bench-scale: $(VENV)-bench/.made ## count and measure what a rank of a large job does
+	$(VENV)-bench/bin/python bench/scale.py $(ARGS)
 
 bench-data: $(VENV)-bench/.made ## measure what a shuffled order costs, beside torch and Accelerate
 	$(VENV)-bench/bin/python bench/data.py $(ARGS)

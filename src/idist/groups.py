@@ -51,12 +51,15 @@ def resolve(context: Context, group: Any) -> Group:
     if isinstance(group, Group):
         return group
     if isinstance(group, (list, tuple, range)):
-        given = tuple(group)
+        given = group if isinstance(group, range) else tuple(group)  # a range of thousands is a key as it is
         # Equal to ranks are True and 1.0 as well, and a list is not even a key.
-        known = context.known_groups.get(given) if set(map(type, given)) == {int} else None
+        is_key = isinstance(given, range) or set(map(type, given)) == {int}
+        known = context.known_groups.get(given) if is_key else None
         if known is None:
             known = context.known_groups[given] = _cached(context, _checked(group, context.world_size))
         return known
+    if (ours := context.own_handles.get(id(group))) is not None:
+        return ours
     ranks = context.backend.ranks_of(group)
     if ranks is None:
         raise ConfigError(f"group must be a list of ranks or what idist.new_group() returned, got {group!r}")
@@ -74,7 +77,10 @@ def _make(context: Context, ranks: tuple[int, ...]) -> Group:
     if ranks == context.everyone.ranks:
         return context.everyone
     index = ranks.index(context.rank) if context.rank in ranks else -1
-    return Group(ranks, index, context.backend.new_group(ranks))
+    group = Group(ranks, index, context.backend.new_group(ranks))
+    if index >= 0:
+        context.own_handles[id(group.handle)] = group
+    return group
 
 
 def _checked(ranks: Any, world_size: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from functools import reduce
 from operator import add, and_, or_
@@ -79,3 +80,29 @@ def of_numbers(values: Sequence[bool] | Sequence[int] | Sequence[float], op: str
     if op in ("MIN", "MAX"):
         return math.nan if any(map(math.isnan, values)) else (min if op == "MIN" else max)(values)
     return reduce(and_ if op == "AND" else or_, values)
+
+
+def to_ordered(value: float, op: str) -> int:
+    """A number as one of 64 bits, the largest of which stands for the result of MIN or MAX; not-a-number beats all.
+
+    The bits of floats are in their order where they are positive, and in the reverse where negative.
+    """
+    key = value
+    if isinstance(value, float):
+        if math.isnan(value):
+            value = math.copysign(math.nan, 1 if op == "MAX" else -1)
+        key = _turned(struct.unpack("<q", struct.pack("<d", value))[0])
+    return int(key if op == "MAX" else ~int(key))
+
+
+def from_ordered(key: int, op: str, kind: type) -> bool | int | float:
+    """The inverse of :func:`to_ordered`."""
+    number = key if op == "MAX" else ~key
+    if kind is not float:
+        return bool(number) if kind is bool else number
+    value: float = struct.unpack("<d", struct.pack("<q", _turned(number)))[0]
+    return math.nan if math.isnan(value) else value
+
+
+def _turned(bits: int) -> int:
+    return bits if bits >= 0 else bits ^ (2**63 - 1)

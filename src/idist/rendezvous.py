@@ -30,7 +30,7 @@ from idist import horovodrun, mpiexec
 from idist.environments.horovod import Horovod
 from idist.environments.mpi import Mpi
 from idist.errors import ConfigError, LaunchError
-from idist.topology import Topology
+from idist.topology import Topology, places
 
 DEFAULT_TIMEOUT = timedelta(minutes=5)
 """How long ranks wait for each other where the user gave no timeout: torch's default for stores."""
@@ -99,8 +99,8 @@ def join(
         LaunchError: the store cannot be reached or is another job's, ranks are missing or come
             twice or want another purpose, or ``prepare`` or ``connect`` raised on another rank.
 
-    Cost: some ten round trips to the store per rank, and ``world_size`` small values where the
-    environment does not tell the nodes.
+    Cost: some ten round trips to the store per rank, however many there are, and two more where the
+    environment does not tell the nodes; rank 0 then reads and writes a small value for each rank at once.
     """
     deadline = time.monotonic() + (timeout or DEFAULT_TIMEOUT).total_seconds()
     scheme = urlsplit(init_method or "env://").scheme
@@ -453,8 +453,9 @@ class _Meeting:
         try:
             self._agree_on(purpose)
             if not self._topology.placed:
-                self._gather_at("claimed")
-                self._topology = self._topology.place([who["node"] for who in self._present().values()])
+                self._gather_at("claimed", self._tell_places)
+                fields = json.loads(self.store.get(self._place(self._topology.rank)))
+                self._topology = dataclasses.replace(self._topology, **fields)
             if prepare is not None:
                 with self._telling_others():
                     prepare(self._topology)
@@ -483,12 +484,14 @@ class _Meeting:
             if first != purpose:
                 raise LaunchError(f"this rank is to start {purpose!r}, but others {first!r}; all ranks need the same")
 
-    def _gather_at(self, stage: str) -> None:
-        """Wait until every rank is at ``stage``. Rank 0, or whoever fails, speaks the verdict."""
+    def _gather_at(self, stage: str, before: Callable[[], None] | None = None) -> None:
+        """Wait until every rank is at ``stage``. Rank 0, or whoever fails, speaks the verdict; rank 0 ``before`` it."""
         if self.store.add(f"at/{stage}", 1) == self._topology.world_size:
             self.store.set(f"all at/{stage}", "yes")
         if self._topology.rank == 0:
             self._wait_for(f"all at/{stage}", stage)
+            if before is not None and self.store.get(f"all at/{stage}") == b"yes":
+                before()
             self._say(stage, "go")
         self._wait_for(stage, stage)
         verdict = self.store.get(stage).decode()
@@ -527,6 +530,29 @@ class _Meeting:
         if self._topology.rank == 0 and self._topology.world_size > 1:
             time.sleep(_LINGER_S)
 
+    def _tell_places(self) -> None:
+        """Rank 0 reads who is where, so that each rank reads one value and not one for each rank."""
+        ranks = range(self._topology.world_size)
+        said = self._read([self._seat(rank) for rank in ranks])
+        fields = places([json.loads(each)["node"] for each in said])
+        self._write({self._place(rank): json.dumps(place) for rank, place in zip(ranks, fields, strict=True)})
+
+    def _read(self, keys: list[str]) -> list[bytes]:
+        """Values that are there; in one round trip where the store can."""
+        store: Any = self.store  # torch's stubs do not know of what only some stores have
+        if store.has_extended_api():
+            found: list[bytes] = store.multi_get(keys)
+            return found
+        return [store.get(key) for key in keys]
+
+    def _write(self, values: dict[str, str]) -> None:
+        store: Any = self.store
+        if store.has_extended_api():
+            store.multi_set(list(values), list(values.values()))
+        else:
+            for key, value in values.items():
+                store.set(key, value)
+
     def _present(self) -> dict[int, dict[str, str]]:
         seats = [self._seat(rank) for rank in range(self._topology.world_size)]
         taken = [rank for rank, seat in enumerate(seats) if self.store.check([seat])]
@@ -542,3 +568,7 @@ class _Meeting:
     @staticmethod
     def _seat(rank: int) -> str:
         return f"rank/{rank}"
+
+    @staticmethod
+    def _place(rank: int) -> str:
+        return f"place/{rank}"

@@ -65,6 +65,7 @@ class Context:
         verify: whether tensor collectives check that the ranks agree before the bytes move.
         groups: by their ranks; made once, freed with the context.
         known_groups: the same by what users have given for them, in any order.
+        own_handles: the same by the identity of their handles, which this context keeps alive.
         native: whether the backend's primitive does a reduction of a type of tensor as it is.
         extra_groups: handles of the groups that were made with options, freed with the context too.
         everyone: the group of all ranks.
@@ -86,7 +87,8 @@ class Context:
         self.verify = verify
         self.everyone = Group(tuple(range(topology.world_size)), topology.rank)
         self.groups: dict[tuple[int, ...], Group] = {}
-        self.known_groups: dict[tuple[int, ...], Group] = {}
+        self.known_groups: dict[tuple[int, ...] | range, Group] = {}
+        self.own_handles: dict[int, Group] = {}
         self.native: dict[tuple[str, torch.dtype], bool] = {}
         self.extra_groups: list[Any] = []
         self.neighbours: tuple[int, ...] | None = None
@@ -106,6 +108,7 @@ class Context:
             self.backend.free_group(handle)
         self.groups.clear()
         self.known_groups.clear()
+        self.own_handles.clear()
         self.extra_groups.clear()
 
 

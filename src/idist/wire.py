@@ -3,19 +3,27 @@
 Every rank's frame says which collective it is in, with what kind of value and which reduction, so
 ranks that disagree find out in the very message that carries the values. A payload that does not
 fit in a frame follows in a second message, whose size all ranks know from the first.
+
+What a rank gathers grows with the number of ranks. Where there are more than :data:`GATHERED`, one all_reduce of a
+summary comes first, whose size is always the same: it tells whether all fit together, and carries what one rank has
+for all. Frames are gathered then only if everybody's value is asked for, or to tell who does not fit.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
+from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from idist import reductions
 from idist.backends.base import Group
 from idist.errors import CollectiveMismatch, PeerFailed
 from idist.runtime import Context
@@ -27,6 +35,11 @@ _SHARED = 8
 """The first bytes of a header, all but the length: they are the same on all ranks that fit together in every way."""
 _INT = struct.Struct("<q")
 _FLOAT = struct.Struct("<d")
+GATHERED = 64
+"""The most ranks whose frames are gathered at once: 16 KB."""
+_SUMMARY = struct.Struct(f"<13q{INLINE}s")
+_LOWEST = -(2**63)
+_NOTHING = _INT.pack(_LOWEST) * (INLINE // _INT.size)
 _NO_ROOT = -1
 
 
@@ -161,7 +174,9 @@ def exchange(context: Context, group: Group, message: Message, *, to: int | None
     Cost: one all_gather of 256 bytes per rank; if the longest payload is over 240 bytes, a second
     one (or a gather, with ``to``) of the rest of it.
     """
-    messages, lengths = exchange_heads(context, group, message)
+    if group.size > GATHERED:
+        summarise(context, group, message)  # the frames tell all that it does, but others may stop at it
+    messages, lengths = _gather_heads(context, group, message)
     longest = max(lengths) - INLINE
     if longest <= 0:
         return messages
@@ -170,8 +185,146 @@ def exchange(context: Context, group: Group, message: Message, *, to: int | None
     return [m._replace(payload=m.payload + tail) for m, tail in zip(messages, tails, strict=True)]
 
 
-def exchange_heads(context: Context, group: Group, message: Message) -> tuple[list[Message], list[int]]:
-    """The first half of :func:`exchange`: payloads up to 240 bytes, and how long they are in full."""
+class Heard(NamedTuple):
+    """What rank ``src`` says to all.
+
+    Attributes:
+        message: its own, with the first 240 bytes of the payload.
+        length: of all of the payload.
+        messages: of all ranks, where they were gathered.
+    """
+
+    message: Message
+    length: int
+    messages: Sequence[Message] = ()
+
+
+def hear(context: Context, group: Group, message: Message, src: int) -> Heard:
+    """What rank ``src`` says, when all fit together; the others' payloads are not asked for.
+
+    Raises:
+        PeerFailed, CollectiveMismatch: as :func:`exchange`.
+
+    Cost: one all_gather of 256 bytes per rank or, for many ranks, one all_reduce of 344 bytes.
+    """
+    if group.size > GATHERED:
+        summary = summarise(context, group, message, src=src)
+        if summary is not None:
+            payload = summary.payload[: min(summary.length, INLINE)]
+            return Heard(message._replace(kind=summary.kind, payload=payload), summary.length)
+    messages, lengths = _gather_heads(context, group, message)
+    place = group.place(src)
+    return Heard(messages[place], lengths[place], messages)
+
+
+def agree(context: Context, group: Group, message: Message) -> None:
+    """Return when all have come here, and fit together.
+
+    Raises:
+        PeerFailed, CollectiveMismatch: as :func:`exchange`.
+
+    Cost: as :func:`hear`.
+    """
+    if group.size <= GATHERED:
+        _gather_heads(context, group, message)
+    elif summarise(context, group, message) is None:
+        tell_apart(context, group, message)
+
+
+def tell_apart(context: Context, group: Group, message: Message) -> NoReturn:
+    """After a summary of ranks that do not fit together: everybody's frame tells who does what.
+
+    Raises:
+        PeerFailed, CollectiveMismatch: as :func:`exchange`.
+
+    Cost: one all_gather of 256 bytes per rank.
+    """
+    messages, _ = _gather_heads(context, group, message)
+    raise CollectiveMismatch(explain(messages, group))
+
+
+class Summary(NamedTuple):
+    """What all ranks together have said, who fit together.
+
+    Attributes:
+        kind: of the value, if somebody has one.
+        number: the largest.
+        length: of the payload of the rank that speaks to all.
+        payload: its first 240 bytes.
+    """
+
+    kind: Kind
+    number: int
+    length: int
+    payload: bytes
+
+
+def summarise(
+    context: Context,
+    group: Group,
+    message: Message,
+    *,
+    src: int | None = None,
+    same: bool = False,
+    number: int = _LOWEST,
+) -> Summary | None:
+    """The largest of everything, which all ranks get alike: with its negative it tells whether it is the same on all.
+
+    Args:
+        src: the rank that speaks to all, if one does.
+        same: the payloads have to be equal.
+        number: of 64 bits.
+
+    Returns:
+        None, on all ranks, if they do not fit together or one has failed; they all gather frames then, and hear why.
+
+    Cost: one all_reduce of 344 bytes, however many ranks there are.
+    """
+    call, kind, payload, op, root = message
+    number_of_op = _NUMBER_OF[op]
+    digest = int.from_bytes(hashlib.blake2b(payload, digest_size=7).digest(), "little") if same else 0
+    kinds = (-1, _LOWEST) if kind is Kind.ABSENT else (kind, -kind)
+    speaks = src == context.rank
+    said = payload[:INLINE].ljust(INLINE, b"\0") if speaks else _NOTHING
+    length = len(payload) if speaks else _LOWEST
+    alike = (call, -call, number_of_op, -number_of_op, root, -root, digest, -digest)
+    memory = bytearray(_SUMMARY.pack(*alike, *kinds, kind is Kind.ERROR, number, length, said))
+    all_reduce_bytes(context, group, memory, torch.int64, "MAX")
+    *pairs, failed, number, length, said = _SUMMARY.unpack(memory)
+    most, least = pairs[::2], [-negative for negative in pairs[1::2]]
+    nobody = most[-1] == -1
+    if failed or most[:-1] != least[:-1] or not (nobody or most[-1] == least[-1]):
+        return None
+    return Summary(Kind.ABSENT if nobody else _KINDS_BY_NUMBER[most[-1]], number, length, said)
+
+
+def all_reduce_bytes(context: Context, group: Group, memory: bytearray, dtype: torch.dtype, op: str) -> None:
+    """Reduce what is in ``memory``, as numbers of this type, in place. Cost: one all_reduce."""
+    tensor = torch.frombuffer(memory, dtype=dtype)
+    staged = tensor.to(context.backend.device())
+    if context.backend.reduces(op, dtype):
+        context.backend.all_reduce_(staged, op, group).wait()
+    else:
+        rows = staged.new_empty(group.size * staged.numel())
+        context.backend.all_gather_into(rows, staged, group).wait()
+        stacked = rows.view(group.size, -1)
+        # torch's sum begins with 0, which would lose the sign of -0.0
+        staged = reduce(torch.add, stacked) if op == "SUM" else reductions.of_tensors(stacked, op)
+    tensor.copy_(staged)
+
+
+def all_reduce_numbers(
+    context: Context, group: Group, numbers: Sequence[Any], dtype: torch.dtype, op: str
+) -> list[Any]:
+    """A few numbers, each reduced over the ranks. Cost: one all_reduce."""
+    memory = bytearray(struct.pack(f"<{len(numbers)}{'d' if dtype is torch.float64 else 'q'}", *numbers))
+    all_reduce_bytes(context, group, memory, dtype, op)
+    found: list[Any] = torch.frombuffer(memory, dtype=dtype).tolist()
+    return found
+
+
+def _gather_heads(context: Context, group: Group, message: Message) -> tuple[list[Message], list[int]]:
+    """Everybody's payload up to 240 bytes, and how long it is in full."""
     header = _HEADER.pack(*message[:2], _NUMBER_OF[message.op], message.root, len(message.payload))
     frames = group.scratch.pop(_Frames, None) or _Frames(group.size, context.backend.device())
     gathered = frames.exchange(context, group, header + message.payload[:INLINE])
@@ -261,11 +414,11 @@ def _check(messages: list[Message], group: Group) -> None:
     if errors:
         said = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items())
         raise PeerFailed(f"{messages[0].call.name.lower()} cannot go on. {said}")
-    if not agree(messages):
+    if not _fit(messages):
         raise CollectiveMismatch(explain(messages, group))
 
 
-def agree(messages: list[Message]) -> bool:
+def _fit(messages: Sequence[Message]) -> bool:
     """Whether all are in one collective with one reduction and root, and one kind of value where there is one."""
     first = messages[0]
     kind = next((m.kind for m in messages if m.kind is not Kind.ABSENT), Kind.ABSENT)
@@ -275,7 +428,7 @@ def agree(messages: list[Message]) -> bool:
     )
 
 
-def explain(messages: list[Message], group: Group) -> str:
+def explain(messages: Sequence[Message], group: Group) -> str:
     """The parts side by side, the ranks that have the same one together."""
     by_part: dict[str, list[str]] = {}
     for rank, message in zip(group.ranks, messages, strict=True):

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import idist
+from idist import wire
 from idist.testing import run_threads
 
 Body = Callable[..., None]
@@ -87,6 +88,17 @@ class Threads(World):
 
     def run(self, body: Body, arguments: Mapping[str, Any]) -> None:
         run_threads(perform, self.size, body, arguments, timeout=COLLECTIVE_S)
+
+
+class Many(Threads):
+    """Ranks that do as those of a large job, where a frame of each would be too much."""
+
+    def run(self, body: Body, arguments: Mapping[str, Any]) -> None:
+        usual, wire.GATHERED = wire.GATHERED, 1
+        try:
+            super().run(body, arguments)
+        finally:
+            wire.GATHERED = usual
 
 
 class Processes(World):
@@ -225,6 +237,7 @@ def worlds() -> tuple[World, ...]:
         Alone("serial", 1),
         Threads("threads", 2),
         Threads("threads", 4),
+        Many("many", 2),
         Processes("gloo", 2),
         Processes("gloo", 4),
     )

@@ -62,6 +62,10 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
+    def place(self, rank: int) -> int:
+        """The place of a member, without going through thousands: in the world it is the rank itself."""
+        return rank if rank < len(self.ranks) and self.ranks[rank] == rank else self.ranks.index(rank)
+
 
 class Backend(ABC):
     """One way for ranks to talk.

@@ -340,9 +340,9 @@ def _next_name(ranks: tuple[int, ...], rank: int) -> str:
 
     It is kept in the store, which lives as long as the group of all ranks and keeps the keys of earlier groups.
     """
-    kind = "_".join(map(str, ranks))
+    kind = hashlib.sha1("_".join(map(str, ranks)).encode(), usedforsecurity=False).hexdigest()
     count = dist.distributed_c10d._get_default_store().add(f"idist/groups/{kind}/{rank}", 1)
-    return hashlib.sha1(f"idist {kind} {count}".encode(), usedforsecurity=False).hexdigest()
+    return f"idist {kind} {count}"
 
 
 @contextmanager

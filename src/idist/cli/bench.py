@@ -59,9 +59,9 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("--compare", type=_names, metavar="A,B", help="several backends, one after the other")
     known = tuple(measure.COLLECTIVES)
     parser.add_argument("--collectives", type=_names, default=known, metavar="A,B", help=f"of {', '.join(known)}")
-    parser.add_argument("--min", type=_bytes, default=8, metavar="SIZE", help="bytes, also as in 4K; default: 8")
-    parser.add_argument("--max", type=_bytes, default=16 << 20, metavar="SIZE", help="default: 16M")
-    parser.add_argument("--factor", type=_factor, default=8, metavar="F", help="between two sizes; default: 8")
+    parser.add_argument("--minbytes", type=_bytes, default=8, metavar="SIZE", help="bytes, also as in 4K; default: 8")
+    parser.add_argument("--maxbytes", type=_bytes, default=16 << 20, metavar="SIZE", help="default: 16M")
+    parser.add_argument("--stepfactor", type=_factor, default=8, metavar="F", help="between two sizes; default: 8")
     parser.add_argument("--dtype", choices=measure.DTYPES, default="float32", help="default: float32")
     parser.add_argument("--op", choices=measure.OPS, default="SUM", help="default: SUM")
     parser.add_argument("--turns", type=_positive, default=5, metavar="N", help="measurements of each case; default: 5")
@@ -106,9 +106,9 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     unknown = sorted(set(arguments.collectives) - set(measure.COLLECTIVES))
     if unknown:
         raise ConfigError(f"collective {unknown[0]!r} is unknown; expected some of {', '.join(measure.COLLECTIVES)}")
-    if arguments.min > arguments.max:
-        raise ConfigError(f"--min {arguments.min} is more than --max {arguments.max}")
-    sizes = measure.sizes(arguments.min, arguments.max, arguments.factor)
+    if arguments.minbytes > arguments.maxbytes:
+        raise ConfigError(f"--minbytes {arguments.minbytes} is more than --maxbytes {arguments.maxbytes}")
+    sizes = measure.sizes(arguments.minbytes, arguments.maxbytes, arguments.stepfactor)
     return Plan(arguments.collectives, tuple(sizes), arguments.dtype, arguments.op, arguments.turns)
 
 
