@@ -48,6 +48,7 @@ nitpick_ignore_regex = [
 ]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 # What is typed after the prompt is copied, what is printed is not.
 copybutton_prompt_text = r"^(\(\w+\))?\$ "

@@ -13,8 +13,10 @@ from documents import here, install, offered, run, scripts, sessions
 
 PAGES = (
     "quickstart.md",
+    "commands.md",
     "data.md",
     "training.md",
+    "backends/torch.md",
     "launchers/python.md",
     "launchers/torchrun.md",
     "launchers/mpiexec.md",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import idist
+from idist import backends
 from idist.cli import check, main, sections
 from idist.cli.trial import Seat, Trial
 from idist.topology import Topology
@@ -65,6 +66,15 @@ def test_json_has_the_same_and_the_trial(as_json) -> None:
     assert {interface["name"] for interface in as_json["network"]["interfaces"]} >= {"lo"}
     assert [(seat["rank"], seat["right"]) for seat in as_json["all_reduce"]["seats"]] == [(0, True)]
     assert as_json["problems"] == []
+
+
+def test_a_backend_is_unusable_for_the_reason_that_its_user_would_hear(as_json) -> None:
+    """Two classes may have one name: mpi is ours where torch was built without it."""
+    for name, told in as_json["backends"].items():
+        if not told["usable"]:
+            with pytest.raises(idist.BackendUnavailable) as heard:
+                backends.create(name)
+            assert (told["why"], told["fix"]) == (heard.value.reason, heard.value.fix)
 
 
 def test_unusable_backends_say_why_and_what_to_do(as_json) -> None:

@@ -105,7 +105,9 @@ def usable_backends(asked: str | None) -> Section:
     with warnings.catch_warnings(record=True) as left_out:  # those of other packages that cannot be imported
         warnings.simplefilter("always")
         classes = [cls for cls in backends.classes() if cls.model_name != "serial"]
-    found = {name: cls(name).unavailable_reason() for cls in classes for name in cls.names()}
+    # Of one name the first class counts, as for whoever asks for it; the last wins in a dict.
+    by_name = {name: cls for cls in reversed(classes) for name in reversed(cls.names())}
+    found = {name: by_name[name](name).unavailable_reason() for name in reversed(by_name)}
     data = {name: {"usable": True} if why is None else _unusable(*why) for name, why in found.items()}
     rows = [(name, "usable" if why is None else f"no: {why[0]}. {why[1]}") for name, why in found.items()]
     data["auto"] = {"usable": True, "is": backends.create(backends.AUTO).name}

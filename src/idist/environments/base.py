@@ -16,7 +16,7 @@ class Rejected:
     """Why an environment is not the one we are in.
 
     Attributes:
-        reason: one clause for `idist check`.
+        reason: one clause for ``idist check``.
         hint: what the user most likely wants to know, where the variables look like a slip.
     """
 
@@ -70,9 +70,11 @@ class Variables:
         return int(value)
 
     def optional_text(self, name: str) -> str | None:
+        """The variable's value, if it has one."""
         return self.text(name) if self._env.get(name) else None
 
     def optional_integer(self, name: str) -> int | None:
+        """The variable as an integer, if it has a value; :meth:`integer` says which are none."""
         return self.integer(name) if self._env.get(name) else None
 
     def _believe(self, name: str, value: str) -> None:
