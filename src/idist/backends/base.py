@@ -113,7 +113,7 @@ class Backend(ABC):
 
     @classmethod
     def started(cls) -> bool:
-        """Whether :attr:`library`, which has been imported, is in use; asked by every getter, so all but free."""
+        """Whether ``library``, which has been imported, is in use; asked by every getter, so all but free."""
         return False
 
     @classmethod
