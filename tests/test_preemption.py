@@ -114,3 +114,46 @@ def test_a_process_that_started_the_ranks_passes_it_on(
         assert (process.returncode, output, saved) == (0, "left in time\n", ["saved by 0", "saved by 1"])
     else:
         assert (process.returncode, output, saved) == (-number, "", [])
+
+
+WITH_WORKERS = """
+import os, signal, sys, time, torch, idist
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self): return 40
+    def __getitem__(self, i):
+        time.sleep(0.01)
+        return i
+
+def say(worker):
+    time.sleep(worker)
+    print(worker, flush=True)
+
+loader = idist.auto_dataloader(Slow(), batch_size=4, num_workers=2, worker_init_fn=say)
+had = []
+for number, batch in enumerate(loader):
+    had += batch.tolist()
+    stops = idist.should_stop()
+    if number == 1:
+        os.killpg(0, getattr(signal, sys.argv[1]))  # as a scheduler and torchrun do
+        time.sleep(0.3)
+print(had == list(range(40)), stops)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_the_workers_of_a_loader_outlive_a_warning_to_all_processes(name: str) -> None:
+    """Else the loader raises in the training process, while that saves."""
+    ended = subprocess.run(
+        [sys.executable, "-c", WITH_WORKERS, name], capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    assert ended.stdout.splitlines() == ["0", "1", "True True"], ended.stderr
+
+
+def test_a_worker_that_is_told_twice_ends() -> None:
+    code = "import os, signal; from idist.preemption import let_one_pass; let_one_pass()\n"
+    code += "os.kill(0, signal.SIGTERM); print('alive', flush=True); os.kill(0, signal.SIGTERM); print('still')"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    assert (ended.stdout, ended.returncode) == ("alive\n", -signal.SIGTERM), ended.stderr

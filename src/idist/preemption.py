@@ -66,6 +66,21 @@ class _Ear:
 _ear = _Ear()
 
 
+def let_one_pass() -> None:
+    """In a helper of a process that trains, a worker of its loader: a first signal ends the other alone, if any.
+
+    Schedulers and torchrun tell all processes of a job, and a loader whose worker has been ended raises in the middle
+    of whatever the training process does, of saving for one. A second signal ends the worker: torch sends it two when
+    it has to, one when the loader is done with and one at the end of the interpreter.
+    """
+
+    def pass_over(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in _SIGNALS:
+        signal.signal(number, pass_over)
+
+
 def should_stop() -> bool:
     """Whether any rank has been told to end: then all of them save and leave, in the same step.
 

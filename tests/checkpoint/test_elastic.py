@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import LOOPBACK, free_port
 
 SAMPLES, BATCH, EPOCHS = 60, 8, 2
+STEPS = -(-SAMPLES // BATCH) * EPOCHS
+SECONDS = 150
+
+pytestmark = pytest.mark.timeout(2 * SECONDS + 60)
 
 HEAD = f"SAMPLES, BATCH, EPOCHS = {SAMPLES}, {BATCH}, {EPOCHS}\n"
 SCRIPT = """
-import json, os, random, signal, sys
+import json, os, random, signal, sys, time
 from pathlib import Path
 import torch, idist
 
-FOLDER, dies, every = Path(sys.argv[1]), [int(step) for step in sys.argv[2].split(",") if step], int(sys.argv[3])
+FOLDER, every = Path(sys.argv[1]), int(sys.argv[2])
+dies, told, waits = ([int(step) for step in words.split(",") if step] for words in sys.argv[3:6])
 
 class Noted(torch.utils.data.Dataset):
     def __len__(self): return SAMPLES
@@ -46,32 +54,65 @@ for epoch in range(begun, EPOCHS):
         optimizer.step()
         optimizer.zero_grad()
         (FOLDER / f"used {step} {rank}").write_text(json.dumps([epoch, index.tolist()]))
-        if every and step % every == 0:
+        if step in told and rank == step % size:
+            os.kill(os.getpid(), signal.SIGTERM)
+        leaving = idist.should_stop()
+        while step in waits and not leaving:
+            time.sleep(0.05)
+            leaving = idist.should_stop()
+        if leaving or every and step % every == 0:
             idist.save(FOLDER / "checkpoints", **parts, step=step, epoch=epoch, keep=2)
-        if not every and step == dies[0]:  # an end in order, in place of a death
-            idist.save(FOLDER / "checkpoints", **parts, step=step, epoch=epoch)
+        if leaving:
             idist.finalize()
             sys.exit()
 weights = [value.tolist() for value in model.state_dict().values()]
-(FOLDER / f"ended {rank}").write_text(json.dumps([step, weights]))
+(FOLDER / f"ended {rank}").write_text(json.dumps([step, size, weights]))
 idist.finalize()
 """
 
 
-def train(folder: Path, size: int, dies: list[int], every: int) -> None:
+def started(
+    folder: Path,
+    torchrun: list[str],
+    *,
+    every: int = 0,
+    dies: list[int] | None = None,
+    told: list[int] | None = None,
+    waits: list[int] | None = None,
+) -> subprocess.Popen[str]:
+    """torchrun with the script.
+
+    Args:
+        every: steps from one checkpoint to the next; 0: none, unless the ranks are told to stop.
+        dies: steps at which one rank is killed, once each.
+        told: steps after which one rank is told to stop.
+        waits: steps after which the ranks wait until they are told to.
+    """
     folder.mkdir(exist_ok=True)
     script = folder / "script.py"
     script.write_text(HEAD + SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    arguments = [str(folder), ",".join(map(str, dies)), str(every)]
-    ended = subprocess.run(
-        [*torchrun, "--max-restarts", str(len(dies)), str(script), *arguments],
-        capture_output=True,
+    steps = [",".join(map(str, given or [])) for given in (dies, told, waits)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *torchrun, str(script), str(folder), str(every), *steps],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=110,
         stdin=subprocess.DEVNULL,
+        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # or nodes that join do not find rank 0
     )
-    assert ended.returncode == 0, ended.stderr
+
+
+def finish(torchrun: subprocess.Popen[str]) -> None:
+    try:
+        _, errors = torchrun.communicate(timeout=SECONDS)
+    finally:
+        torchrun.kill()
+    assert torchrun.returncode == 0, errors
+
+
+def train(folder: Path, size: int, **how: Any) -> None:
+    restarts = str(len(how.get("dies", [])))
+    finish(started(folder, ["--standalone", "--nproc-per-node", str(size), "--max-restarts", restarts], **how))
 
 
 def ends(folder: Path) -> list[Any]:
@@ -87,24 +128,55 @@ def assert_each_sample_once(folder: Path) -> None:
     assert used == {(epoch, index): 1 for epoch in range(EPOCHS) for index in range(SAMPLES)}
 
 
-@pytest.mark.timeout(240)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing ends and that saves nothing."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, 2)
+    return folder
+
+
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_run_whose_ranks_are_killed_ends_as_one_whose_are_not(tmp_path: Path, every: int) -> None:
+def test_a_run_whose_ranks_are_killed_ends_as_one_whose_are_not(whole: Path, tmp_path: Path, every: int) -> None:
     """At any step: at the first, at the last, right after a checkpoint and right before one."""
-    steps = -(-SAMPLES // BATCH) * EPOCHS
-    killed = sorted({1, steps, random.Random(every).randrange(2, steps)})
-    train(tmp_path / "whole", 2, [], every)
-    train(tmp_path / "killed", 2, killed, every)
-    assert len(list((tmp_path / "killed").glob("died *"))) == len(killed)
-    assert ends(tmp_path / "killed") == ends(tmp_path / "whole")
-    assert ends(tmp_path / "whole")[0][0] == steps
-    assert_each_sample_once(tmp_path / "killed")
-
-
-@pytest.mark.timeout(240)
-def test_on_another_number_of_ranks_every_sample_is_used_once(tmp_path: Path) -> None:
-    """From 3 ranks to 2; tests/auto/test_resume.py has other numbers, in threads."""
-    train(tmp_path, 3, [5], 0)
-    train(tmp_path, 2, [], 50)
-    assert len(ends(tmp_path)) == 2
+    killed = sorted({1, STEPS, random.Random(every).randrange(2, STEPS)})
+    train(tmp_path, 2, every=every, dies=killed)
+    assert len(list(tmp_path.glob("died *"))) == len(killed)
+    assert ends(tmp_path) == ends(whole)
+    assert ends(whole)[0][:2] == [STEPS, 2]
     assert_each_sample_once(tmp_path)
+
+
+def test_told_to_stop_and_begun_again_on_fewer_ranks_every_sample_is_used_once(tmp_path: Path) -> None:
+    """From 3 ranks to 2; tests/auto/test_resume.py has other numbers, in threads."""
+    train(tmp_path, 3, told=[5])
+    assert ends(tmp_path) == []
+    train(tmp_path, 2)
+    assert [size for _, size, _ in ends(tmp_path)] == [2, 2]
+    assert_each_sample_once(tmp_path)
+
+
+def test_when_a_node_joins_every_sample_is_used_once(tmp_path: Path) -> None:
+    """torchrun then tells the ranks to stop, and starts all: nothing is saved but what `should_stop()` leads to."""
+    elastic = ["--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "joins"]
+    elastic += ["--rdzv-endpoint", f"{LOOPBACK}:{free_port()}", "--local-addr", LOOPBACK]
+    elastic += ["--rdzv-conf", "last_call_timeout=1"]  # how long the first node waits for others before it begins
+    first = started(tmp_path, elastic, waits=[5])
+    try:
+        wait_for(tmp_path / "used 5 0", first)
+        second = started(tmp_path, elastic, waits=[5])
+        finish(second)
+        finish(first)
+    finally:
+        first.kill()
+    assert [end[:2] for end in ends(tmp_path)] == [[STEPS, 2]] * 2
+    assert ends(tmp_path)[0] == ends(tmp_path)[1]
+    assert_each_sample_once(tmp_path)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + SECONDS
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until, f"there is no {path}"
+        time.sleep(0.05)

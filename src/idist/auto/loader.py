@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.data import (
     default_convert,
 )
 
-from idist import collectives, runtime
+from idist import collectives, preemption, runtime
 from idist.auto.iterable import SteppedIterable, Stepwise
 from idist.auto.samplers import DistributedProxySampler, Progress, Sharing, batches
 from idist.errors import ConfigError
@@ -51,6 +52,8 @@ class Loader(DataLoader[Any]):
     ) -> None:
         if isinstance(shared, SteppedIterable):
             options["collate_fn"] = _stepwise(options)
+        if options.get("num_workers"):
+            options["worker_init_fn"] = partial(_begin_worker, options.get("worker_init_fn"))
         super().__init__(dataset, **options)
         if isinstance(shared, AsItIs) and shared.source is None:
             shared.source = self.sampler
@@ -278,6 +281,12 @@ class AsItIs(Progress):
 def _stepwise(options: dict[str, Any]) -> Stepwise:
     batched = options.get("batch_size", 1) is not None
     return Stepwise(options.get("collate_fn") or (default_collate if batched else default_convert), batched=batched)
+
+
+def _begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
+    preemption.let_one_pass()
+    if begin is not None:
+        begin(number)
 
 
 def _numbered(host: Iterator[Any], had: int) -> Iterator[tuple[Any, int]]:
