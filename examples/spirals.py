@@ -1,4 +1,4 @@
-"""Train a small network to tell two spirals apart; bare_torch/ and bare_horovod/ have the same without idist."""
+"""Train a small network to tell two spirals apart; bare_torch/, bare_horovod/, bare_xla/ have it without idist."""
 
 from __future__ import annotations
 
