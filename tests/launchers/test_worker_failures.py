@@ -184,6 +184,21 @@ def test_a_stopped_worker_is_ended() -> None:
         run(stopped)
 
 
+def stops(local_rank: int, others_wait: bool) -> None:
+    if local_rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if others_wait:
+        idist.barrier()
+
+
+@pytest.mark.parametrize("others_wait", [True, False])
+def test_a_stop_is_the_cause_of_what_times_out(others_wait: bool) -> None:
+    """Also where nobody waits for the rank that is stopped; a stop is then as long as any wait may be."""
+    with pytest.raises(idist.WorkerFailed, match="is stopped, as by SIGSTOP") as caught:
+        idist.spawn("gloo", stops, (others_wait,), nproc_per_node=2, timeout=4)
+    assert caught.value.rank == 1
+
+
 def stubborn(local_rank: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if local_rank == 1:

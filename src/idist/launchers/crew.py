@@ -10,8 +10,10 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +35,7 @@ SETTLE_S = 0.5
 INTERRUPT_S = 2.0
 """After Ctrl-C: how long workers may take to unwind before they are ended."""
 
+_RESTED_S = 2.0
 _ENDING_S = 0.5
 _TERMINATING_S = 1.0
 _KILLING_S = 5.0
@@ -45,11 +48,13 @@ class Crew:
     Args:
         context: of :mod:`multiprocessing`, one of its start methods.
         daemon: whether the processes may not start processes of their own.
+        patience: how long a process may be stopped, as by SIGSTOP.
     """
 
-    def __init__(self, context: BaseContext, *, daemon: bool) -> None:
+    def __init__(self, context: BaseContext, *, daemon: bool, patience: timedelta) -> None:
         self._context: Any = context
         self._daemon = daemon
+        self._patience_s = patience.total_seconds()
         self._members: list[_Member] = []
         self._lifeline, self._owner = context.Pipe(duplex=False)
 
@@ -97,9 +102,12 @@ class Crew:
         while True:
             for member in self._members:
                 member.look()
-            failures = [found for member in self._members if (found := member.failure()) is not None]
+            failures = [found for member in self._members if (found := member.failure(self._patience_s)) is not None]
             if failures:
                 failure = min(failures, key=lambda found: found.order)
+                if failure.consequence:  # of the stop of another, most likely
+                    failures = [found for member in self._members if (found := member.stop(0.0)) is not None]
+                    failure = next(iter(failures), failure)
                 deadline = min(deadline, time.monotonic() + SETTLE_S)
                 if failure.is_cause or time.monotonic() >= deadline or all(m.settled for m in self._members):
                     raise failure.error
@@ -169,6 +177,13 @@ class Crew:
         return [member for member in self._members if not member.ended]
 
 
+def _is_stopped(pid: int) -> bool:
+    """By a signal, not by a debugger; where there is no /proc, nobody knows."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
+
+
 class _Failure:
     """An error, and what tells whether it is the first.
 
@@ -179,6 +194,7 @@ class _Failure:
     def __init__(self, error: IdistError, *, is_cause: bool, consequence: bool, at: float) -> None:
         self.error = error
         self.is_cause = is_cause
+        self.consequence = consequence
         self.order = (not is_cause, consequence, at)
 
 
@@ -198,6 +214,8 @@ class _Member:
         self._outcome: Returned | Raised | None = None
         self._exitcode: int | None = None
         self._ended_at = 0.0
+        self._looked_at = 0.0
+        self._stopped_at: float | None = None
 
     @property
     def ended(self) -> bool:
@@ -225,19 +243,38 @@ class _Member:
         if ended_now:
             self._ended_at = time.monotonic()
             self._exitcode = self.process.exitcode
+        self._look_whether_stopped(time.monotonic())
+
+    def _look_whether_stopped(self, now: float) -> None:
+        """Ctrl-Z stops us as well, and we may go on before the others do: what was before does not count then."""
+        rested = now - self._looked_at > _RESTED_S
+        self._looked_at = now
+        if self.ended or not _is_stopped(self.process.pid):
+            self._stopped_at = None
+        elif self._stopped_at is None or rested:
+            self._stopped_at = now
 
     def send(self, message: bytes) -> None:
         """Send it bit by bit, as the process takes it."""
         self._unsent = memoryview(message)
         self._write()
 
-    def failure(self) -> _Failure | None:
+    def stop(self, patience_s: float) -> _Failure | None:
+        """The failure that it has been stopped for so long, if it is not done yet."""
+        if self._stopped_at is None or self._outcome is not None or self._looked_at - self._stopped_at < patience_s:
+            return None
+        details = (
+            f"Process {self.process.pid} is stopped, as by SIGSTOP, and was ended: the others cannot go on without it."
+        )
+        return _Failure(WorkerFailed(self.rank, None, details), is_cause=True, consequence=False, at=self._stopped_at)
+
+    def failure(self, patience_s: float) -> _Failure | None:
         if isinstance(self._outcome, Raised):
             raised = self._outcome
             error: IdistError = WorkerFailed(self.rank, raised.exitcode, raised.details)
             return _Failure(error, is_cause=False, consequence=raised.consequence, at=raised.at)
         if self._exitcode is None or self._outcome is not None:
-            return None
+            return self.stop(patience_s)
         return _Failure(self._silent_death(self._exitcode), is_cause=True, consequence=False, at=self._ended_at)
 
     def value(self) -> Any:

@@ -15,6 +15,7 @@ import torch
 from idist import backends, environments
 from idist.backends.base import Backend
 from idist.errors import ConfigError, UnknownArgument, did_you_mean
+from idist.rendezvous import DEFAULT_TIMEOUT
 from idist.runtime import as_device, seconds
 from idist.topology import Topology
 
@@ -49,6 +50,12 @@ class Job:
         """The ranks of this node."""
         first = self.node_rank * self.nproc_per_node
         return range(first, first + self.nproc_per_node)
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long the processes may wait for each other."""
+        given: timedelta = self.options.get("timeout", DEFAULT_TIMEOUT)
+        return given
 
     @property
     def serves_here(self) -> bool:

@@ -37,7 +37,6 @@ from idist.launchers.job import Job
 from idist.launchers.payload import Payload, is_only_here, is_open
 from idist.launchers.place import Rendezvous, assignment
 from idist.launchers.relay import passing_on_warnings
-from idist.rendezvous import DEFAULT_TIMEOUT
 from idist.topology import Topology
 
 logger = logging.getLogger("idist")
@@ -65,14 +64,14 @@ def launch(
         passing_on_warnings() as relay,
         Rendezvous(job) as rendezvous,
         _Launcher(command, env) as launcher,
-        Crew(launcher, daemon=job.daemon) as crew,
+        Crew(launcher, daemon=job.daemon, patience=job.timeout) as crew,
     ):
         for rank in job.ranks:
             place = assignment(job, rendezvous.of(job.topology(rank)), env)
             # mpiexec adds variables of its own to those that it got.
             crew.start(rank, dataclasses.replace(place, environment=None), payload)
         rendezvous.serve()
-        launcher.start(job.options.get("timeout", DEFAULT_TIMEOUT).total_seconds())
+        launcher.start(job.timeout.total_seconds())
         relay.to = crew.signal
         try:
             return crew.results()

@@ -35,7 +35,11 @@ def launch(
     logger.info("%s runs in %d processes (%s)", getattr(fn, "__qualname__", fn), job.nproc_per_node, method)
     context = multiprocessing.get_context(method)
     payload = Payload(fn, args, kwargs, job.options, otherwise=", or pass start_method='fork'")
-    with passing_on_warnings() as relay, Rendezvous(job) as rendezvous, Crew(context, daemon=job.daemon) as crew:
+    with (
+        passing_on_warnings() as relay,
+        Rendezvous(job) as rendezvous,
+        Crew(context, daemon=job.daemon, patience=job.timeout) as crew,
+    ):
         for rank in job.ranks:
             topology = rendezvous.of(job.topology(rank))
             streams = Streams() if method == "forkserver" else None
