@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from idist.errors import LaunchError, PeerFailed
 
-PATIENCE_S = 3.0
+PATIENCE_S = 5.0
 """How long the first failure may take to be shown, and its launcher to end the others."""
 
 _CONSEQUENCE = re.compile(r"connection (closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE)

@@ -12,7 +12,7 @@ LAUNCHERS = ("spawn", "torchrun", "srun", "mpiexec of MPICH", "mpiexec of Open M
 WITHIN_S = 10.0
 """From the failure to the end of the job: nothing may be left of it then."""
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 40.0
 """Of the collectives: no job that ends in time has waited for it."""
 
 STOPPED_TIMEOUT_S = 8.0
@@ -69,11 +69,11 @@ class Fact(NamedTuple):
     """What a launcher, or Python, does not give, and idist cannot; where it may be seen, and why it is so.
 
     Attributes:
-        problem: as the driver names it.
+        problems: as the driver names them.
         launchers, kinds, moments: regular expressions for whole names.
     """
 
-    problem: str
+    problems: tuple[str, ...]
     launchers: str
     kinds: str
     moments: str
@@ -92,14 +92,87 @@ PROCESS_LEFT = "a process is left"
 FILE_LEFT = "a file is left"
 EXIT_CODE_0 = "the exit code is 0"
 
+_EXITS = r"sys\.exit\(3\)|os\._exit\(4\)"
+_SIGNALS = "SIGTERM|SIGKILL|segmentation fault"
+_MPICH = "mpiexec of MPICH"
+_MPI = "mpiexec of (MPICH|Open MPI)"
+
 FACTS = (
     Fact(
-        NOT_LAST,
+        (NOT_LAST,),
         "spawn",
         "raise.*|out of memory",
         "before init",
         "multiprocessing imports the script before anything of idist runs, and shows the traceback itself: it stands "
         "above that of the caller, which names the rank and points there.",
+    ),
+    Fact(
+        (UNTOLD,),
+        "spawn",
+        r"sys\.exit\(3\)",
+        "before init",
+        "multiprocessing turns it into exit code 1, and shows nothing. The rank is told.",
+    ),
+    Fact(
+        (UNTOLD, NO_RANK),
+        _MPICH,
+        _EXITS,
+        ".*",
+        "mpiexec of MPICH says nothing of a process that ends with an exit code of its own; its own exit code is that. "
+        "Ranks that wait for the one that has gone name it.",
+    ),
+    Fact(
+        (NO_RANK,),
+        _MPICH,
+        _SIGNALS,
+        ".*",
+        "mpiexec of MPICH names the process and the signal, not the rank, and ends the others before they can tell.",
+    ),
+    Fact(
+        (NO_RANK,),
+        ".*",
+        "raise.*|out of memory",
+        "before init",
+        "a rank that fails before `idist.initialize` has nothing but its traceback to show; most launchers add the "
+        "rank.",
+    ),
+    Fact(
+        (LATE,),
+        _MPICH,
+        "raise.*|out of memory|" + _EXITS,
+        "before init",
+        "mpiexec of MPICH goes on when a process ends with an exit code before MPI has started in it, and MPI starts "
+        "with all or not at all. The job ends when `timeout` is over.",
+    ),
+    Fact(
+        (FILE_LEFT,),
+        _MPICH,
+        ".*",
+        "before init",
+        "shared memory, where the job is killed while MPI starts; later idist removes its name in time.",
+    ),
+    Fact(
+        (LATE, PROCESS_LEFT, FILE_LEFT, UNTOLD, NO_RANK),
+        "torchrun|srun|mpiexec.*|horovodrun",
+        "SIGSTOP",
+        "during finalize",
+        "no rank waits for another there, so no timeout counts: the job waits for the stopped rank as for one that "
+        "still computes, until it is continued or Ctrl-C is pressed. `idist.spawn` looks for stopped processes.",
+    ),
+    Fact(
+        (LATE,),
+        "torchrun|srun|horovodrun",
+        "SIGSTOP",
+        "before init|between steps|inside.*",
+        "the others end when `timeout` is over, and the launcher then asks the stopped process to end, which cannot "
+        "hear it, before it kills it: torchrun waits 30 s, horovodrun 5 to 10, srun what Slurm's KillWait says.",
+    ),
+    Fact(
+        (NO_RANK,),
+        "srun|mpiexec.*|horovodrun",
+        "SIGSTOP",
+        "between steps|inside.*",
+        "the ranks that wait know of the timeout, and not all libraries tell whom they waited for.",
     ),
 )
 
@@ -126,6 +199,6 @@ def is_sample(cell: Cell) -> bool:
     return MOMENTS.index(cell.moment) == (kind + LAUNCHERS.index(cell.launcher)) % len(MOMENTS)
 
 
-def known(cell: Cell) -> dict[str, Fact]:
-    """By the problem, what may be seen in this cell."""
-    return {fact.problem: fact for fact in FACTS if fact.holds(cell)}
+def known(cell: Cell) -> set[str]:
+    """The problems that may be seen in this cell."""
+    return {problem for fact in FACTS if fact.holds(cell) for problem in fact.problems}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matrix.cells import FACTS, KINDS, LAUNCHERS, MOMENTS, Cell, known
+from matrix.cells import FACTS, KINDS, LAUNCHERS, MOMENTS, Cell, Fact, known
 
 PAGE = Path(__file__).parents[2] / "docs" / "failures.md"
 BEGIN, END = "<!-- made by make failures -->\n", "<!-- end -->\n"
@@ -40,22 +40,24 @@ def tables(noted: Mapping[Cell, Noted]) -> str:
         for kind in KINDS:
             cells = [Cell(launcher, kind.name, moment) for moment in MOMENTS]
             text += f"| {kind.name} | {' | '.join(shown(cell, noted.get(cell)) for cell in cells)} |\n"
-    notes = "".join(
-        f"{number}. {fact.problem[0].upper()}{fact.problem[1:]}: {fact.reason}\n"
-        for number, fact in enumerate(FACTS, 1)
-    )
+    notes = "".join(f"{number}. {note(fact)}\n" for number, fact in enumerate(FACTS, 1))
     return f"{text}\n### Notes\n\n{notes}\n"
+
+
+def note(fact: Fact) -> str:
+    """What is not as it should be, and why."""
+    what = ", ".join(fact.problems)
+    return f"{what[0].upper()}{what[1:]}: {fact.reason}"
 
 
 def shown(cell: Cell, noted: Noted | None) -> str:
     """``1.8 s``, and the numbers of the notes."""
     if noted is None:
         return "not run"
-    marks = [
-        f"({number})" for number, fact in enumerate(FACTS, 1) if fact.problem in noted["problems"] and fact.holds(cell)
-    ]
-    unknown = ["**fails**"] if set(noted["problems"]) - set(known(cell)) else []
-    return " ".join([f"{noted['seconds']:.1f} s", *marks, *unknown])
+    problems = set(noted["problems"])
+    facts = [number for number, fact in enumerate(FACTS, 1) if fact.holds(cell) and problems & set(fact.problems)]
+    unknown = ["**fails**"] if problems - known(cell) else []
+    return " ".join([f"{noted['seconds']:.1f} s", *(f"({number})" for number in facts), *unknown])
 
 
 def main(folder: Path) -> None:

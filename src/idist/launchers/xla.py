@@ -71,7 +71,7 @@ def launch(
         forked=False,
     )
     context = multiprocessing.get_context("spawn")
-    with passing_on_warnings() as relay, Crew(context, daemon=False) as crew:
+    with passing_on_warnings() as relay, Crew(context, daemon=False, patience=job.timeout) as crew:
         crew.start(0, host, Payload(fn, args, kwargs, job.options))
         relay.to = crew.signal
         (outcomes,) = crew.results()
