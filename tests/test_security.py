@@ -10,9 +10,9 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+import sockets
 import torch
 from processes import LOOPBACK, free_port, run_ranks
 from test_layers import MODULES
@@ -23,38 +23,19 @@ from idist import rendezvous
 # Who listens
 
 
-def listening(*pids: int) -> list[str]:
-    """The addresses at which these processes listen, in the words of /proc/net/tcp; those of IPv6 as well."""
-    inodes = {os.readlink(path) for pid in pids for path in descriptors(pid)}
-    table = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
-    return sorted({row[1].partition(":")[0] for row in table if row[3] == "0A" and f"socket:[{row[9]}]" in inodes})
-
-
-def descriptors(pid: int) -> list[Path]:
-    found = []
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # that of the directory itself
-            os.readlink(path)
-            found.append(path)
-    return found
-
-
-IPV4_LOOPBACK = "0100007F"
-
-
 def at_work(local_rank: int, *launching: int) -> list[str]:
     """Where this process and those that started it listen, with all that a job may have open."""
     idist.all_reduce(torch.ones(3))
     idist.all_reduce(torch.ones(3), group=[0, 1])
     torch.distributed.new_group([0, 1])  # what a user makes
     idist.all_gather("x" * 10_000)
-    return listening(os.getpid(), *launching)
+    return sockets.listening(os.getpid(), *launching)
 
 
 @pytest.mark.parametrize("method", ["forkserver", "fork"])
 def test_a_job_that_we_start_listens_on_loopback_alone(method: str) -> None:
     told = idist.spawn("gloo", at_work, (os.getpid(),), nproc_per_node=3, start_method=method, timeout=60)
-    assert told == [[IPV4_LOOPBACK]] * 3
+    assert told == [[sockets.LOOPBACK]] * 3
 
 
 def with_variables(rank: int) -> tuple[list[str], bool]:
@@ -69,7 +50,7 @@ def test_a_job_of_one_node_listens_on_loopback_alone() -> None:
     port = free_port()
     place = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": socket.gethostname(), "MASTER_PORT": port}
     told = run_ranks(with_variables, 2, env=lambda rank: {**place, "RANK": rank, "LOCAL_RANK": rank})
-    assert told == [([IPV4_LOOPBACK], False)] * 2
+    assert told == [([sockets.LOOPBACK], False)] * 2
 
 
 # What comes over the network

@@ -10,15 +10,18 @@ from idist.errors import LaunchError
 from idist.topology import Topology
 
 _PATH = "/idist/rank0"
-_TRIES = 150
 _PAUSE_S = 0.2
+_ANSWER_S = 5.0
 
 
-def locate(env: Mapping[str, str], topology: Topology) -> Topology:
+def locate(env: Mapping[str, str], topology: Topology, deadline: float) -> Topology:
     """The topology with the address of rank 0: the one from which it reaches horovodrun's server, where it says so.
 
+    Args:
+        deadline: of the meeting, by :func:`time.monotonic`.
+
     Raises:
-        LaunchError: the server cannot be reached, or rank 0 has not spoken within half a minute.
+        LaunchError: the server cannot be reached, or rank 0 has not spoken until then.
 
     Cost: nothing on one node; else a few requests to the server, whose values the ranks share.
 
@@ -29,16 +32,16 @@ def locate(env: Mapping[str, str], topology: Topology) -> Topology:
         return dataclasses.replace(topology, master_addr="127.0.0.1")
     if server[0] is None or not server[1].isdecimal():
         return topology
-    host = _told_by_rank_0(server[0], int(server[1]), topology)
+    host = _told_by_rank_0(server[0], int(server[1]), topology, deadline)
     return dataclasses.replace(topology, master_addr=host)
 
 
-def _told_by_rank_0(host: str, port: int, topology: Topology) -> str:
+def _told_by_rank_0(host: str, port: int, topology: Topology, deadline: float) -> str:
     from http.client import HTTPConnection, HTTPException
 
     problem = "rank 0 did not say where it is"
-    for _ in range(_TRIES):
-        connection = HTTPConnection(host, port, timeout=5)
+    while (left := deadline - time.monotonic()) > 0:
+        connection = HTTPConnection(host, port, timeout=min(_ANSWER_S, left))
         try:
             connection.connect()
             if topology.rank == 0:

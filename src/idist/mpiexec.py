@@ -14,11 +14,11 @@ from idist.topology import Topology
 _ADVICE = "Set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there (mpiexec passes them on)"
 
 
-def locate(topology: Topology) -> Topology:
+def locate(topology: Topology, deadline: float) -> Topology:
     """The topology with the host of rank 0 and a token that the ranks of this job alone share.
 
     On one node that is the loopback interface and the process id of the launcher; over several
-    nodes rank 0 tells the others by MPI.
+    nodes rank 0 tells the others by MPI, which knows no deadline.
 
     Raises:
         LaunchError: several nodes, and no mpi4py that works with this mpiexec.

@@ -52,7 +52,7 @@ _TIMES = itertools.count()
 # Below the ports that Linux, macOS and IANA hand out to clients (32768 and up), above the registered busy ones.
 _CANDIDATE_PORTS = range(20000, 30000)
 _CANDIDATES = 16
-_LOCATE: dict[str, Callable[[Topology], Topology]] = {
+_LOCATE: dict[str, Callable[[Topology, float], Topology]] = {
     Mpi.name: mpiexec.locate,
     Horovod.name: functools.partial(horovodrun.locate, os.environ),
 }
@@ -226,7 +226,7 @@ def _open(
         address = _Address([host], [port], served=False)
     elif url.scheme == "env":
         if topology.environment in _LOCATE and topology.master_addr is None:
-            topology = _LOCATE[topology.environment](topology)
+            topology = _LOCATE[topology.environment](topology, deadline)
         address = _address(topology)
     else:
         raise ConfigError(f"init_method {init_method!r} is unknown; expected tcp://host:port, file:///path or env://")

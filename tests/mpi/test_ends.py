@@ -14,7 +14,7 @@ from mpi import mpiexec
 pytestmark = pytest.mark.mpi
 
 SCRIPT = """
-import os, signal, sys, time
+import sys, time
 import torch, idist
 
 def training(local_rank, ending, failing):
@@ -25,14 +25,8 @@ def training(local_rank, ending, failing):
             open("event", "w").write(str(time.time()))
             if ending == "raise":
                 raise ValueError("boom")
-            if ending == "interrupt":
-                signal.raise_signal(signal.SIGINT)
             if ending.startswith("exit"):
                 sys.exit(int(ending[4:]))
-            if ending == "vanish":
-                os._exit(3)
-            if ending == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
             if ending == "return":
                 return
 
@@ -47,12 +41,8 @@ else:
 
 SAYS = {
     "raise": "ValueError: boom",
-    "interrupt": "KeyboardInterrupt",
-    "exit3": "rank {rank} ended without taking part",
     "exit0": "rank {rank} ended without taking part",
     "return": "rank {rank} ended without taking part",
-    "vanish": "",
-    "killed": "",
 }
 WITHIN_S = 5.0
 
@@ -69,10 +59,12 @@ def ended(folder: Path, script: str, *arguments: str, size: int = 2) -> subproce
     )
 
 
-@pytest.mark.parametrize("how", ["bare", "Parallel"])
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("ending", SAYS)
+@pytest.mark.parametrize(
+    ("ending", "rank", "how"),
+    [("raise", 0, "bare"), ("raise", 1, "bare"), ("exit0", 0, "Parallel"), ("exit0", 1, "bare"), ("return", 0, "bare")],
+)
 def test_all_end_with_the_first(tmp_path: Path, ending: str, rank: int, how: str) -> None:
+    """What tests/matrix leaves out: rank 0, which serves the store, no Parallel, and ends that are no failures."""
     job = ended(tmp_path, SCRIPT, ending, str(rank), how)
     took = time.time() - float((tmp_path / "event").read_text())
     assert job.returncode != 0

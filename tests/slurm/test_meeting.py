@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import sockets
 
 from idist.rendezvous import candidate_ports
 from slurm.cluster import Ended, Job, assert_says, next_job, python, run, set_next_job, submit, succeed, told, until
@@ -190,3 +191,12 @@ def start(
     job = submit(folder, command, "-w", "node[1-2]", "-n2", "--ntasks-per-node=1", *options, env=variables)
     assert job.number == number
     return job
+
+
+@pytest.mark.parametrize(("nodes", "loopback"), [(1, True), (2, False)])
+def test_tasks_of_one_node_listen_on_loopback_alone(tmp_path: Path, nodes: int, loopback: bool) -> None:
+    """The name of the node leads to its address in the cluster, and gloo would listen there."""
+    command = ["srun", f"-N{nodes}", "-n2", *python("listen.py", tmp_path)]
+    succeed(*command, env={"PYTHONPATH": str(Path(sockets.__file__).parent)})
+    assert len(told(tmp_path)) == 2
+    assert all((each["listening"] == [sockets.LOOPBACK]) == loopback for each in told(tmp_path))
