@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import Any
@@ -48,6 +49,11 @@ def alone(clip: bool) -> tuple[list[list[float]], list[float]]:
     return [parameter.flatten().tolist() for parameter in model.parameters()], norms
 
 
+def first_layer(module: nn.Module) -> bool:
+    """A function that says which modules are sharded by themselves, and that processes can be told of."""
+    return isinstance(module, nn.Linear) and module.out_features == 6
+
+
 def together(rank: int, size: int, strategy: str, clip: bool, options: dict[str, Any]) -> Any:
     if size > 1:
         idist.initialize("gloo", rank=rank, world_size=size, timeout=30)
@@ -69,12 +75,68 @@ def together(rank: int, size: int, strategy: str, clip: bool, options: dict[str,
     return weights, norms, steps
 
 
+def together_in_halves(
+    rank: int, size: int, strategy: str, dtype: torch.dtype, options: dict[str, Any]
+) -> list[list[Any]]:
+    """autocast, GradScaler, accumulation and clipping at once; in the second step a batch of the last rank overflows.
+
+    Returns, for each step: the norm, the scale after it, the weights.
+    """
+    if size > 1:
+        idist.initialize("gloo", rank=rank, world_size=size, timeout=30)
+    model = idist.auto_model(net(), strategy=strategy, **options)
+    optimizer = idist.auto_optim(torch.optim.SGD(model.parameters(), lr=0.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    said = []
+    for step, batch in enumerate(data(2)):
+        rows = batch.chunk(size)[rank]
+        with idist.accumulate(model, step, every=EVERY, total=BATCHES) as micro:
+            with torch.autocast("cpu", dtype):
+                out = model(rows)
+            assert out.dtype == dtype
+            loss = (out.float() - rows.sum(1, keepdim=True)).square().mean() * micro.scale
+            if step == EVERY and rank == size - 1:
+                loss = loss * float("inf")
+            scaler.scale(loss).backward()
+        if micro.last:
+            scaler.unscale_(optimizer)
+            norm = idist.clip_grad_norm_(model, 0.1).item()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            said.append([norm, scaler.get_scale(), weights_of(model)])
+    idist.finalize()
+    return said
+
+
+def weights_of(model: nn.Module) -> list[float]:
+    return [value for parameter in model.parameters() for value in whole(parameter.detach()).flatten().tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("strategy", "options"), [("ddp", {}), ("fsdp", {}), ("fsdp", {"wrap": nn.Linear})])
+def test_in_halves_all_ranks_do_what_one_process_does(
+    strategy: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    where = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": free_port()}
+    said = run_ranks(together_in_halves, 2, 2, strategy, dtype, options, env=lambda rank: where, timeout=60)
+    assert said[0][0] == said[1][0]
+    expected = together_in_halves(0, 1, "ddp", dtype, {})
+    for mine in said:
+        assert [scale for _, scale, _ in mine] == [16.0, 8.0, 8.0], "the second step is skipped on all ranks"
+        assert mine[0][2] == mine[1][2] != mine[2][2]
+        for (norm, _, weights), (other, _, theirs) in zip(mine, expected, strict=True):
+            assert norm == pytest.approx(other, rel=2e-2) or (not math.isfinite(other) and not math.isfinite(norm))
+            assert weights == pytest.approx(theirs, abs=2e-3)
+
+
 WORLDS = {
     "serial": (1, "ddp", {}),
     "serial fsdp": (1, "fsdp", {}),
     "ddp": (2, "ddp", {}),
     "fsdp": (2, "fsdp", {}),
     "fsdp by class": (2, "fsdp", {"wrap": nn.Linear}),
+    "fsdp by function": (2, "fsdp", {"wrap": first_layer, "reshard_after_forward": False}),
     "fsdp offloaded": (2, "fsdp", {"cpu_offload": True, "wrap": 10}),
 }
 
