@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import idist
 
@@ -177,3 +178,45 @@ def test_the_states_of_an_optimizer_find_their_parameters(tmp_path: Path) -> Non
     assert all(values["step"] == 2 for values in saved)
     for size, wrapper in ((1, "ddp"), (2, "fsdp"), (3, "fsdp")):
         assert ranks(size, optimizer_states, folder, wrapper) == [saved] * size
+
+
+def layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def trained_with_momentum(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    torch.manual_seed(1)
+    norms = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(3, 4)).square().mean().backward()
+        norms.append(idist.clip_grad_norm_(model, 0.01).item())
+        optimizer.step()
+    return norms
+
+
+def tensor_parallel(folder: str) -> list[float]:
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    model = parallelize_module(layers(), init_device_mesh("cpu", (2,)), plan)
+    for strategy in ("ddp", "fsdp"):
+        with pytest.raises(idist.ConfigError, match=r"0\.weight is spread over ranks already.* strategy='none'"):
+            idist.auto_model(model, strategy=strategy)
+    assert idist.auto_model(model, strategy="none") is model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    norms = trained_with_momentum(model, optimizer)
+    idist.save(folder, model=model, optimizer=optimizer)
+    return norms
+
+
+def test_a_tensor_parallel_model_is_clipped_and_saved_as_the_plain_one(tmp_path: Path) -> None:
+    first, second = ranks(2, tensor_parallel, str(tmp_path))
+    model = layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    assert first == second == pytest.approx(trained_with_momentum(model, optimizer))
+    loaded = layers()
+    stepping = torch.optim.SGD(loaded.parameters(), lr=0.1, momentum=0.9)
+    idist.load(tmp_path, model=loaded, optimizer=stepping)
+    for mine, other in zip(loaded.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+        torch.testing.assert_close(stepping.state[mine]["momentum_buffer"], optimizer.state[other]["momentum_buffer"])

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from idist.errors import ConfigError, did_you_mean
 from idist.runtime import current
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    from idist.backends.fsdp import Wrap
+
 __all__ = ["auto_model"]
 
 _STRATEGIES = ("ddp", "fsdp", "none")
 
 
+@overload
+def auto_model(
+    model: torch.nn.Module,
+    sync_bn: bool = False,
+    *,
+    strategy: Literal["fsdp"],
+    wrap: Wrap = ...,
+    mixed_precision: torch.dtype | MixedPrecisionPolicy | None = None,
+    cpu_offload: bool = False,
+    reshard_after_forward: bool | int | None = None,
+) -> torch.nn.Module: ...
+@overload
+def auto_model(
+    model: torch.nn.Module, sync_bn: bool = False, *, strategy: Literal["ddp", "none"] = "ddp", **kwargs: Any
+) -> torch.nn.Module: ...
+@overload
+def auto_model(model: torch.nn.Module, sync_bn: bool = False, *, strategy: str) -> torch.nn.Module: ...
 def auto_model(
     model: torch.nn.Module, sync_bn: bool = False, *, strategy: str = "ddp", **kwargs: Any
 ) -> torch.nn.Module:

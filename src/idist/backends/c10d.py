@@ -243,6 +243,7 @@ class C10d(Backend):
         """DistributedDataParallel on this rank's device; ``options`` are its arguments."""
         if isinstance(model, DistributedDataParallel):
             raise ConfigError("the model is wrapped in DistributedDataParallel already; auto_model takes the bare one")
+        check_whole(model)
         if sync_bn:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         devices = {parameter.device for parameter in model.parameters()}
@@ -320,6 +321,16 @@ class C10d(Backend):
             raise ConfigError(f"device {str(device)!r} does not exist: {torch.accelerator.device_count()} visible")
         torch.accelerator.set_device_index(device.index)
         return device
+
+
+def check_whole(model: torch.nn.Module) -> None:
+    """Raises: ConfigError: each rank has a part of a parameter, of which the wrappers would take rank 0's."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            raise ConfigError(
+                f"{name} is spread over ranks already, as tensor parallelism or fully_shard do: pass strategy='none' "
+                "to auto_model. clip_grad_norm_, save and load take such a model as it is."
+            )
 
 
 def device_index(kind: str, topology: Topology) -> int:

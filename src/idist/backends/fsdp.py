@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from idist.backends.c10d import check_whole
 from idist.errors import ConfigError
 
 Wrap = int | type[torch.nn.Module] | tuple[type[torch.nn.Module], ...] | Callable[[torch.nn.Module], bool]
@@ -41,6 +42,7 @@ def shard(
     """
     if isinstance(model, (FSDPModule, torch.nn.parallel.DistributedDataParallel)):
         raise ConfigError(f"the model is wrapped already, as {type(model).__name__}; auto_model takes the bare one")
+    check_whole(model)
     _take_from_rank_0(model, mesh.get_group())
     how: dict[str, Any] = {
         "mesh": mesh,

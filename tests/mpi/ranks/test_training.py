@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -129,10 +130,20 @@ def test_checkpoint(rank: int, size: int, folder: str) -> None:
     near(weights(read), weights(network()), 0)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_all_that_is_ours(rank: int, size: int, alone: list[Tensor], folder: str, strategy: str) -> None:
+WAYS: dict[str, tuple[dict[str, Any], float]] = {
+    "ddp": ({"strategy": "ddp"}, 1e-5),
+    "fsdp": ({"strategy": "fsdp"}, 1e-5),
+    "fsdp by class, offloaded": ({"strategy": "fsdp", "wrap": nn.Linear, "cpu_offload": True}, 1e-5),
+    "fsdp by size, in bfloat16": ({"strategy": "fsdp", "wrap": 100, "mixed_precision": torch.bfloat16}, 1e-2),
+}
+"""How a model is wrapped, and how far its weights may then be from those of one process."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_that_is_ours(rank: int, size: int, alone: list[Tensor], folder: str, way: str) -> None:
     """Sharding, accumulation, clipping and checkpoints: what was saved half way ends as what was not."""
     data = batches(rank, size)
+    options, tolerance = WAYS[way]
 
     def some(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
@@ -145,7 +156,7 @@ def test_all_that_is_ours(rank: int, size: int, alone: list[Tensor], folder: str
 
     ended = []
     for begins in (0, 5):
-        model = idist.auto_model(network(), strategy=strategy)
+        model = idist.auto_model(network(), **options)
         optimizer = idist.auto_optim(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
         some(model, optimizer, range(begins))
         if begins:
@@ -155,7 +166,7 @@ def test_all_that_is_ours(rank: int, size: int, alone: list[Tensor], folder: str
             idist.save(folder, model=model, optimizer=optimizer, step=5)
         some(model, optimizer, range(5, STEPS))
         ended.append(weights(model))
-    near(ended[0], alone, 1e-5)
+    near(ended[0], alone, tolerance)
     near(ended[1], ended[0], 0)
 
 
