@@ -143,6 +143,10 @@ RUNS_CODE = {
     ("idist.launchers.crew", "loads"): "what a process that we started returned, through a pipe",
     ("idist.launchers.payload", "load"): "a function and its arguments, from the process that started this one",
     ("idist.launchers.mpi_worker", "spawn_main"): "the same, where mpiexec starts the processes",
+    (
+        "idist.launchers.xla",
+        "loads",
+    ): "as payload and crew; a result comes through a file of the user's",
     ("idist.wire", "loads"): "object collectives",
 }
 CALLS = {"load", "loads", "Unpickler", "eval", "exec", "compile", "__import__", "spawn_main", "recv", "unpickle"}
