@@ -28,7 +28,7 @@ TESTS = {
         "gloo": r"test tests\.conformance\..*\[.*gloo-",
         "mpi": r"test-\w+ tests\.mpi\.test_spawn_mpi ",
         "horovod": r"test-horovod tests\.hvd\.test_spawn_horovod ",
-        "xla": r"test-xla tests\.xla\..*(spawn|xla-\d|parallel)",
+        "xla": r"test-xla tests\.(xla|test_documents)\b(?!.*torchrun)",
     },
     "notebook": {"gloo": r"test tests\.examples\.test_notebook "},
     "torchrun": {
