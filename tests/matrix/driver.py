@@ -148,8 +148,8 @@ def _wait(job: subprocess.Popen[bytes], mark: str, until: float) -> list[str]:
 
 
 def _busy() -> float:
-    """How much longer everything takes than it would if this machine had nothing else to do."""
-    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    """How much longer everything may take than it would if this machine had nothing else to do."""
+    return min(max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0))), 3.0)
 
 
 def _told(cell: Cell, text: str) -> dict[str, bool]:
