@@ -118,6 +118,8 @@ def all_reduce_(
 
     Raises:
         TypeError: not a tensor; and as :func:`all_reduce`.
+
+    Shape, cost: those of :func:`all_reduce`.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"all_reduce_ works in place, so on tensors only, got {type(tensor).__name__}; use all_reduce")
@@ -353,6 +355,16 @@ def reduce_scatter(
 ) -> Any:
     """Reduce a tensor over the ranks; rank i of n gets the i-th of n equal parts of the first dimension.
 
+    Args:
+        tensor: of one shape and type on all ranks.
+        op: as of :func:`all_reduce`.
+        group: ranks, or what :func:`new_group` returned; default: all ranks.
+        async_op: return a :class:`Handle` at once.
+        verify: check first that the ranks agree; default: the context's.
+
+    Returns:
+        A new tensor, detached from autograd, on the device of the input.
+
     Shape: ``(world_size * d, *rest)`` to ``(d, *rest)``.
 
     Raises:
@@ -384,6 +396,15 @@ def reduce_scatter(
 
 def all_to_all(tensor: Tensor, group: Any = None, *, async_op: bool = False, verify: bool | None = None) -> Any:
     """Of n equal parts of the first dimension send the i-th to rank i; get one from each, by rank.
+
+    Args:
+        tensor: of one shape and type on all ranks.
+        group: ranks, or what :func:`new_group` returned; default: all ranks.
+        async_op: return a :class:`Handle` at once.
+        verify: check first that the ranks agree; default: the context's.
+
+    Returns:
+        A new tensor, detached from autograd, on the device of the input.
 
     Shape: ``(world_size * d, *rest)`` to the same.
 

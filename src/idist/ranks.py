@@ -83,7 +83,7 @@ def model_name() -> str:
 
 
 def device() -> torch.device:
-    """Device to train on. Cost: none."""
+    """Device to train on: with nccl the CUDA device of the local rank, with gloo the CPU. Cost: none."""
     return current().backend.device()
 
 
