@@ -17,7 +17,7 @@ from processes import LOOPBACK, free_port
 
 SAMPLES, BATCH, EPOCHS = 60, 8, 2
 STEPS = -(-SAMPLES // BATCH) * EPOCHS
-SECONDS = 150
+SECONDS = 250
 
 pytestmark = pytest.mark.timeout(2 * SECONDS + 60)
 
@@ -107,6 +107,7 @@ def finish(torchrun: subprocess.Popen[str]) -> None:
         _, errors = torchrun.communicate(timeout=SECONDS)
     finally:
         torchrun.kill()
+        torchrun.wait()
     assert torchrun.returncode == 0, errors
 
 
@@ -136,11 +137,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_a_run_whose_ranks_are_killed_ends_as_one_whose_are_not(whole: Path, tmp_path: Path, every: int) -> None:
-    """At any step: at the first, at the last, right after a checkpoint and right before one."""
-    killed = sorted({1, STEPS, random.Random(every).randrange(2, STEPS)})
-    train(tmp_path, 2, every=every, dies=killed)
+def test_a_run_whose_ranks_are_killed_ends_as_one_whose_are_not(whole: Path, tmp_path: Path) -> None:
+    """At any step: at the first, right after a checkpoint, right before one, at one between, at the last."""
+    killed = sorted({1, 4, 6, random.Random(3).randrange(7, STEPS), STEPS})
+    train(tmp_path, 2, every=3, dies=killed)
     assert len(list(tmp_path.glob("died *"))) == len(killed)
     assert ends(tmp_path) == ends(whole)
     assert ends(whole)[0][:2] == [STEPS, 2]
@@ -169,6 +169,7 @@ def test_when_a_node_joins_every_sample_is_used_once(tmp_path: Path) -> None:
         finish(first)
     finally:
         first.kill()
+        first.wait()
     assert [end[:2] for end in ends(tmp_path)] == [[STEPS, 2]] * 2
     assert ends(tmp_path)[0] == ends(tmp_path)[1]
     assert_each_sample_once(tmp_path)
