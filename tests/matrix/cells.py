@@ -71,6 +71,7 @@ class Fact(NamedTuple):
     Attributes:
         problems: as the driver names them.
         launchers, kinds, moments: regular expressions for whole names.
+        busy: whether it is seen only where the machine has more to do than it has cores.
     """
 
     problems: tuple[str, ...]
@@ -78,6 +79,7 @@ class Fact(NamedTuple):
     kinds: str
     moments: str
     reason: str
+    busy: bool = False
 
     def holds(self, cell: Cell) -> bool:
         places = zip((self.launchers, self.kinds, self.moments), cell, strict=True)
@@ -174,6 +176,15 @@ FACTS = (
         "between steps|inside.*",
         "the ranks that wait know of the timeout, and not all libraries tell whom they waited for.",
     ),
+    Fact(
+        (NOT_LAST,),
+        "torchrun|srun|horovodrun",
+        "raise.*|out of memory|SIGSTOP",
+        "between steps|inside.*",
+        "on this machine, which was busy, the rank that failed took longer to end than the others wait with what they "
+        "show: theirs stands below it.",
+        busy=True,
+    ),
 )
 
 
@@ -201,6 +212,7 @@ def is_sample(cell: Cell) -> bool:
     return MOMENTS.index(cell.moment) == (kind + LAUNCHERS.index(cell.launcher)) % len(MOMENTS)
 
 
-def known(cell: Cell) -> set[str]:
+def known(cell: Cell, *, busy: bool) -> set[str]:
     """The problems that may be seen in this cell."""
-    return {problem for fact in FACTS if fact.holds(cell) for problem in fact.problems}
+    facts = [fact for fact in FACTS if fact.holds(cell) and (busy or not fact.busy)]
+    return {problem for fact in facts for problem in fact.problems}

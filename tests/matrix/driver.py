@@ -99,7 +99,7 @@ def run(cell: Cell, folder: Path) -> Outcome:
     for what in (*left, *_files(temporary, _LEAVES.get(cell.launcher)), *shared.iterdir()):
         text += f"\n(left: {what})"
     found = {
-        cells.LATE: seconds > late + WITHIN_S * _busy(),
+        cells.LATE: seconds > late + WITHIN_S * busy(),
         cells.EXIT_CODE_0: not left and job.returncode == 0,
         cells.PROCESS_LEFT: bool(left),
         cells.FILE_LEFT: "(left: /" in text,
@@ -147,7 +147,7 @@ def _wait(job: subprocess.Popen[bytes], mark: str, until: float) -> list[str]:
         time.sleep(0.05)
 
 
-def _busy() -> float:
+def busy() -> float:
     """How much longer everything may take than it would if this machine had nothing else to do."""
     return min(max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0))), 3.0)
 

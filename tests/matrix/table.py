@@ -56,7 +56,7 @@ def shown(cell: Cell, noted: Noted | None) -> str:
         return "not run"
     problems = set(noted["problems"])
     facts = [number for number, fact in enumerate(FACTS, 1) if fact.holds(cell) and problems & set(fact.problems)]
-    unknown = ["**fails**"] if problems - known(cell) else []
+    unknown = ["**fails**"] if problems - known(cell, busy=True) else []
     return " ".join([f"{noted['seconds']:.1f} s", *(f"({number})" for number in facts), *unknown])
 
 

@@ -45,7 +45,9 @@ def test_the_job_ends_as_it_should(cell: Cell, tmp_path: Path) -> None:
     outcome = driver.run(cell, tmp_path)
     if FOLDER:
         table.write(Path(FOLDER), cell, outcome.seconds, outcome.problems)
-    assert set(outcome.problems) <= known(cell), f"after {outcome.seconds:.1f} s:\n{outcome.output}"
+    assert set(outcome.problems) <= known(cell, busy=driver.busy() >= 2), (
+        f"after {outcome.seconds:.1f} s:\n{outcome.output}"
+    )
 
 
 def test_the_samples_are_of_every_kind_and_of_every_moment() -> None:
