@@ -22,8 +22,8 @@ demo: env ## train a small CNN on handwritten digits with two processes
 	$(VENV)/bin/python examples/digits.py --nproc_per_node 2 --min_accuracy 0.97 $(ARGS)
 
 test: env ## run every test that needs pip alone
-	$(VENV)/bin/python -m pytest $(ARGS) \
-		-m "not gpu and not slurm and not mpi and not horovod and not xla and not matrix and not soak"
+	$(VENV)/bin/python -m pytest \
+		-m "not gpu and not slurm and not mpi and not horovod and not xla and not matrix and not soak" $(ARGS)
 
 check: env ## lint, format, types
 	$(VENV)/bin/ruff check

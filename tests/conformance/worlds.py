@@ -46,10 +46,14 @@ class World(ABC):
     Attributes:
         backend: as ``idist.Parallel`` knows it, or what stands in for it.
         size: the number of ranks.
-        deadline_s: of one test with all that it starts; bodies have a shorter one of their own.
+        deadline_s: of one test with all that it starts.
+        body_s: of its body on all ranks.
+        stop_s: of the end of the ranks.
     """
 
     deadline_s = 90
+    body_s = BODY_S
+    stop_s = STOP_S
 
     def __init__(self, backend: str, size: int) -> None:
         self.backend = backend
@@ -136,7 +140,7 @@ class Processes(World):
         try:
             for channel in self._channels:
                 channel.send_bytes(job)
-            answers = self._answers(BODY_S)
+            answers = self._answers(self.body_s)
         except BaseException:
             self._kill()
             raise
@@ -182,7 +186,7 @@ class Processes(World):
     def _join(self) -> None:
         assert self._launcher is not None
         launcher, self._launcher = self._launcher, None
-        launcher.join(STOP_S)
+        launcher.join(self.stop_s)
         for channel in self._channels:
             channel.close()
         left = [pid for pid in self._pids if _is_there(pid)]

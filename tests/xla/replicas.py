@@ -20,6 +20,8 @@ class Replicas(Processes):
     """They call back at a socket: through torch_xla.launch come plain values alone."""
 
     deadline_s = 2 * START_S
+    body_s = 120.0  # each rank compiles its programs
+    stop_s = 60.0
 
     def __init__(self, size: int) -> None:
         super().__init__("xla-tpu", size)
