@@ -137,6 +137,7 @@ def test_processes_that_the_runtime_does_not_connect(monkeypatch: pytest.MonkeyP
     """Never silently not distributed: on the CPU each process of torchrun is a world of its own."""
     monkeypatch.setenv("CPU_NUM_DEVICES", "1")
     variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     ended = subprocess.run(
         [sys.executable, "-c", BY_TORCHRUN],
         env={**os.environ, **variables, "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"},
