@@ -56,7 +56,7 @@ def check_installed() -> str:
     expect("its licence", about["License-Expression"], "BSD-3-Clause")
     expect("whether a clone is imported", ROOT / "src" in Path(idist.__file__).parents, False)
     expect(
-        "what it needs", [need for need in about.get_all("Requires-Dist", []) if "extra" not in need], ["torch>=2.11"]
+        "what it needs", [need for need in about.get_all("Requires-Dist", []) if "extra" not in need], ["torch>=2.9"]
     )
     return str(about["Description"] or about.get_payload())
 
