@@ -18,7 +18,7 @@ from alternate import Comparison, alternate, arguments, report
 import idist
 
 Call = Callable[[], object]
-CALLS = 200
+CALLS = 40
 """In a turn."""
 
 RECORD = {"loss": 0.5, "name": "abc", "epoch": 3}
@@ -121,7 +121,7 @@ def work(local_rank: int, turns: int, quick: bool) -> list[Comparison]:
 
 def main() -> None:
     """Measure all."""
-    options = arguments(__doc__, turns=30)
+    options = arguments(__doc__, turns=120)
     with idist.Parallel(backend="gloo", nproc_per_node=2) as parallel:
         found = parallel.run(work, options.turns, options.quick)[0]
     report(found, as_json=options.json)

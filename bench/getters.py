@@ -19,6 +19,7 @@ def main() -> None:
     options = arguments(__doc__, turns=50)
     calls = 10 if options.quick else CALLS
     idist.initialize("gloo", rank=0, world_size=1)
+    ignite.set_local_rank(0)
     ignite.sync()
     found = []
     for name in NAMES:

@@ -72,6 +72,7 @@ def work_of_a_rank(ranks: int) -> dict[str, tuple[float, str]]:
     scalar, half = torch.tensor(1.0), range(rank % 2, ranks, 2)
     calls: dict[str, Callable[[], object]] = {
         "get_rank()": idist.get_rank,
+        "torch's own all_reduce of a 0-d tensor": lambda: dist.all_reduce(scalar),
         "all_reduce of a 0-d tensor": lambda: idist.all_reduce(scalar),
         "all_reduce(3)": lambda: idist.all_reduce(3),
         "all_reduce(0.5, 'MAX')": lambda: idist.all_reduce(0.5, "MAX"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,16 @@ from idist.testing import run_threads
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SMALL = ("--maxbytes", "64", "--turns", "1")
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 UNSET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, launcher: tuple[str, ...] = (), folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *launcher, "-m", "idist", "bench", *arguments],
+        cwd=folder,
         env={name: value for name, value in os.environ.items() if name not in UNSET},
         capture_output=True,
         text=True,
@@ -61,6 +66,14 @@ def test_attaches_to_what_a_launcher_has_started() -> None:
         assert row["wrong"] == 0
         assert row["algbw"] == pytest.approx(row["size"] / row["time_us"] / 1000)
         assert row["busbw"] == pytest.approx(row["algbw"] * factor)
+
+
+@pytest.mark.parametrize("command", re.findall(r"^    idist (bench .*)$", PAGE.read_text(), re.MULTILINE))
+def test_the_commands_of_the_page_run(command: str, tmp_path: Path) -> None:
+    """At the smallest size; what they print is another on every machine."""
+    done = run(*command.split()[1:], *SMALL, "--minbytes", "8", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.png").exists() == ("--plot" in command)
 
 
 def plan(**changes: Any) -> measure.Plan:
