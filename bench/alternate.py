@@ -1,7 +1,9 @@
 """What all benchmarks share: cases run in turns, each turn of ours beside the same turn of theirs, ratios with spread.
 
 The load of the machine comes and goes, and hits both sides of a turn alike; so a ratio is that of one turn, and what
-is printed is the median of all turns and, as their spread, the middle half of them. Times are those of one machine.
+is printed is the median of all turns and, as their spread, the middle half of them. Other programs only ever add to a
+time; so the fastest turns of both sides are compared as well, and by these the targets are judged, as `timeit` advises.
+Times are those of one machine.
 """
 
 from __future__ import annotations
@@ -43,18 +45,26 @@ class Comparison:
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
         return statistics.median(ratios), low, high
 
+    @property
+    def fastest(self) -> float:
+        """The ratio of the fastest turns."""
+        return min(self.ours) / min(self.theirs)
+
     def row(self) -> str:
         """A line of the table in Markdown."""
         ratio, low, high = self.ratio
-        ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
+        ours, theirs = min(self.ours), min(self.theirs)
         unit = next(unit for unit, factor in UNITS.items() if min(ours, theirs) * factor >= 1 or unit == "ns")
         times = " | ".join(f"{seconds * UNITS[unit]:.4g} {unit}" for seconds in (ours, theirs))
-        met = "yes" if ratio <= self.target else "no"
-        spread = f"{ratio:.3f} ({low:.3f} to {high:.3f})"
+        spread = f"{self.fastest:.3f} | {ratio:.3f} ({low:.3f} to {high:.3f})"
+        met = "yes" if self.fastest <= self.target else "no"
         return f"| {self.what} | {self.beside} | {times} | {spread} | {self.target:.3g} | {met} |"
 
 
-HEADER = "| what | beside | idist | the other | ratio (middle half) | target | met |\n|---|---|--:|--:|--:|--:|---|"
+HEADER = (
+    "| what | beside | idist | the other | ratio | of all turns (middle half) | target | met |\n"
+    "|---|---|--:|--:|--:|--:|--:|---|"
+)
 
 
 def alternate(cases: Mapping[str, Callable[[], float]], turns: int) -> dict[str, list[float]]:

@@ -36,7 +36,10 @@ def draw(found: list[Comparison], path: Path) -> None:
     middle = [ratio for ratio, _, _ in ratios]
     spread = [[ratio - low for ratio, low, _ in ratios], [high - ratio for ratio, _, high in ratios]]
     places = range(len(found))
-    axes.errorbar(middle, places, xerr=spread, fmt="o", capsize=3, label="measured: median, middle half")
+    axes.errorbar(middle, places, xerr=spread, fmt="o", capsize=3, label="of all turns: median, middle half")
+    axes.plot(
+        [comparison.fastest for comparison in found], places, "x", color="tab:green", label="of the fastest turns"
+    )
     axes.plot([comparison.target for comparison in found], places, "|", ms=14, color="tab:red", label="target: at most")
     axes.axvline(1, color="gray", lw=0.8)
     axes.set_yticks(places, [f"{comparison.what} / {comparison.beside}" for comparison in found], fontsize="small")
