@@ -23,6 +23,7 @@ LAYERS = (
     ("environments", "failures", "horovodrun", "mpiexec"),
     ("rendezvous",),
     ("backends",),
+    ("watch",),
     ("runtime",),
     ("groups", "logs", "randomness", "reductions"),
     ("wire",),

@@ -18,7 +18,7 @@ from idist import reductions, wire
 from idist.backends.base import DONE, Group, Work
 from idist.errors import CollectiveMismatch, ConfigError, PeerFailed
 from idist.groups import resolve
-from idist.runtime import Context, current
+from idist.runtime import Context, current, explain
 from idist.wire import Call, Kind, Message
 
 __all__ = [
@@ -56,7 +56,11 @@ class Handle:
             RuntimeError: what the backend says of a peer that died or a timeout that passed.
         """
         if self._work is not None:
-            self._work.wait()
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                explain(error)
+                raise
             self._result = self._finish()
             self._work = None
         return self._result

@@ -139,6 +139,8 @@ class Parallel:
         if not self._owns:
             return
         self._owns = False
+        if error is not None:
+            runtime.explain(error)
         try:
             runtime.finalize()
         except Exception:

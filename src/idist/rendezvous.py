@@ -371,6 +371,14 @@ def _knock(host: str, port: int, card: str, topology: Topology, deadline: float)
     return client
 
 
+def expect_answer(store: dist.Store) -> None:
+    """Raise OSError at once where a call of this store would wait for ever, or have torch write a page to stderr."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        _expect_a_store(store.host, store.port, _PROBE_S)
+
+
 def _card(job_token: str | None, world_size: int) -> str:
     return f"job {job_token or 'without a token'}, {world_size} ranks"
 

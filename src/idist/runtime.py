@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -29,6 +29,7 @@ from idist.backends.base import Backend, Group
 from idist.backends.serial import Serial
 from idist.errors import ConfigError, LaunchError, UnknownArgument
 from idist.topology import SERIAL, Topology
+from idist.watch import Watch
 
 __all__ = ["Context", "current", "finalize", "get_local_rank", "initialize", "place", "set_local_rank", "start", "sync"]
 
@@ -75,6 +76,7 @@ class Context:
             another one is, or none, the user made or destroyed it.
         library: the one beside torch with which the user had started something then.
         bound_to_world: whether this context ends with that process group.
+        watch: looks whether this rank hangs, if it may.
     """
 
     def __init__(self, backend: Backend, topology: Topology, *, owned: bool, verify: bool = False) -> None:
@@ -95,6 +97,21 @@ class Context:
         self.world: Any = GroupMember.WORLD
         self.library = "" if owned else _library()
         self.bound_to_world = not owned or self.world is not None
+        self.watch: Watch | None = None
+
+    def begin_to_watch(self, warn_after: float | None) -> None:
+        """Have a hang reported, where there are other ranks and a way to ask them."""
+        seconds = _warn_after_by_default() if warn_after is None else warn_seconds(warn_after)
+        if seconds > 0 and self.world_size > 1 and self.backend.store() is not None:
+            self.watch = Watch(
+                self.backend, seconds, lambda: not self.bound_to_world or GroupMember.WORLD is self.world
+            )
+
+    def end_watch(self) -> None:
+        """End its thread, if there is one."""
+        if self.watch is not None:
+            self.watch.stop()
+            self.watch = None
 
     def place(self, topology: Topology) -> None:
         """Take this place, which may tell more than the one before."""
@@ -114,6 +131,23 @@ class Context:
 
 def _verify_by_default() -> bool:
     return os.environ.get("IDIST_VERIFY", "0") not in ("", "0")
+
+
+_WARN_AFTER = "IDIST_WARN_AFTER"
+
+
+def _warn_after_by_default() -> float:
+    given = os.environ.get(_WARN_AFTER) or "30"
+    with suppress(ValueError):
+        return warn_seconds(float(given))
+    raise ConfigError(f"{_WARN_AFTER} must be a number of seconds, 0 for never, got {given!r}")
+
+
+def warn_seconds(warn_after: float) -> float:
+    """A time as users give it; ConfigError if it is none."""
+    if isinstance(warn_after, bool) or not isinstance(warn_after, (int, float)) or not 0 <= warn_after < float("inf"):
+        raise ConfigError(f"warn_after must be a number of seconds, 0 for never, got {warn_after!r}")
+    return float(warn_after)
 
 
 def _serial() -> Context:
@@ -160,6 +194,7 @@ def initialize(
     world_size: int | None = None,
     device: str | torch.device | None = None,
     verify: bool | None = None,
+    warn_after: float | None = None,
     **options: Any,
 ) -> None:
     """Connect this process with the other ranks of its job. Every rank calls it.
@@ -177,6 +212,8 @@ def initialize(
         world_size: number of processes.
         device: to train on, instead of the one that the backend picks.
         verify: check before each tensor collective that the ranks agree; default: IDIST_VERIFY=1.
+        warn_after: seconds that a rank may wait for others before one report tells where all ranks are; 0: never.
+            Default: IDIST_WARN_AFTER, else 30; half the timeout, if that is less.
         **options: passed on to the backend; one that it does not know is an error.
 
     Raises:
@@ -196,6 +233,7 @@ def initialize(
         timeout=span,
         device=device,
         verify=verify,
+        warn_after=warn_after,
         **({} if init_method is None else {"init_method": init_method}),
         **options,
     )
@@ -208,6 +246,7 @@ def start(
     timeout: timedelta | None = None,
     device: str | torch.device | None = None,
     verify: bool | None = None,
+    warn_after: float | None = None,
     **options: Any,
 ) -> None:
     """Start ``backend`` at this place and make it the current context; launchers call this in their processes.
@@ -220,6 +259,7 @@ def start(
     if not isinstance(context.backend, Serial):
         whose = "idist.finalize() ends it" if context.owned else "you made it: use it as it is, or destroy it first"
         raise ConfigError(f"a {context.backend.name} context with {context.world_size} ranks exists already; {whose}")
+    warn_after = _warn_after_by_default() if warn_after is None else warn_seconds(warn_after)
     _has_started = True
     if topology.world_size > 1:
         failures.show_causes_first()
@@ -229,6 +269,7 @@ def start(
         backend.stop()
         raise
     _context = Context(backend, topology, owned=True, verify=_verify_by_default() if verify is None else verify)
+    _context.begin_to_watch(warn_after)
 
 
 def finalize() -> None:
@@ -238,6 +279,7 @@ def finalize() -> None:
     """
     global _context, _local_rank_hint
     context = current()
+    context.end_watch()
     context.free_groups()
     if threading.get_ident() in _of_threads:  # a rank that is a thread ends with its thread
         return
@@ -261,6 +303,13 @@ def _at_exit() -> None:
             # A sharded model is full of cycles, and holds the process group: while it waits for the collector, so
             # do the group's threads. One exit in fifteen was aborted.
             gc.collect()
+
+
+def explain(error: BaseException) -> None:
+    """Add to an error of a rank that has hung the report of that."""
+    watch = current().watch
+    if watch is not None:
+        watch.explain(error)
 
 
 def sync(temporary: bool = False) -> None:
@@ -320,6 +369,7 @@ def thread_context(context: Context) -> Iterator[None]:
     try:
         yield
     finally:
+        context.end_watch()
         context.free_groups()
         del _of_threads[threading.get_ident()]
 
@@ -330,6 +380,7 @@ def _refresh(context: Context) -> Context:
     if not context.bound_to_world:
         context.world, context.library = GroupMember.WORLD, _library()
         return context
+    context.end_watch()
     adopted = next(filter(None, (cls.attach() for cls in backends.classes())), None)
     if adopted is None:
         _of_threads.pop(threading.get_ident(), None)
@@ -340,6 +391,7 @@ def _refresh(context: Context) -> Context:
         _of_threads[threading.get_ident()] = context
     else:
         _context = context
+    context.begin_to_watch(None)
     return context
 
 

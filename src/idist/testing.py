@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from idist import runtime
@@ -32,13 +34,20 @@ _GRACE_S = 1.0
 
 
 def run_threads(
-    fn: Callable[..., R], world_size: int, *args: Any, timeout: float = 30.0, verify: bool = True, **kwargs: Any
+    fn: Callable[..., R],
+    world_size: int,
+    *args: Any,
+    timeout: float = 30.0,
+    verify: bool = True,
+    warn_after: float | None = None,
+    **kwargs: Any,
 ) -> list[R]:
     """Call ``fn(*args, **kwargs)`` on ``world_size`` ranks that are threads of this process.
 
     Args:
         timeout: in seconds, of every collective and of the whole call.
         verify: tensor collectives check that the ranks agree.
+        warn_after: seconds; as of :func:`idist.initialize`.
 
     Returns:
         What ``fn`` returned, by rank.
@@ -54,10 +63,13 @@ def run_threads(
     def work(rank: int) -> None:
         backend = Threads(hub, rank)
         topology = Topology("threads", rank, world_size, rank, world_size, node_rank=0, nnodes=1)
-        with runtime.thread_context(Context(backend, topology, owned=True, verify=verify)):
+        context = Context(backend, topology, owned=True, verify=verify)
+        with runtime.thread_context(context):
+            context.begin_to_watch(warn_after)
             try:
                 results[rank] = fn(*args, **kwargs)
             except BaseException as error:
+                runtime.explain(error)
                 failures.append((rank, error))
                 hub.abort(f"rank {rank} raised {type(error).__name__}: {error}")
 
@@ -106,10 +118,11 @@ class _Hub:
 
     def __init__(self, world_size: int, timeout: float) -> None:
         self.world_size = world_size
-        self._timeout = timeout
+        self.timeout = timeout
         self._lock = threading.Lock()
         self._tables: dict[tuple[int, ...], tuple[threading.Barrier, list[Any]]] = {}
         self._aborted: str | None = None
+        self.store = dist.HashStore()
 
     def exchange(self, group: Group, value: Any) -> list[Any]:
         """Every member's value. Nobody goes on before all have read, so senders may reuse their memory."""
@@ -119,11 +132,11 @@ class _Hub:
             barrier, table = self._tables.setdefault(group.ranks, (threading.Barrier(group.size), [None] * group.size))
         table[group.index] = value
         try:
-            barrier.wait(self._timeout)
+            barrier.wait(self.timeout)
             values = [item.clone() if isinstance(item, Tensor) else item for item in table]
-            barrier.wait(self._timeout)
+            barrier.wait(self.timeout)
         except threading.BrokenBarrierError:
-            self.abort(f"a rank of {group.ranks} did not come within {self._timeout} s")
+            self.abort(f"a rank of {group.ranks} did not come within {self.timeout} s")
             raise PeerFailed(str(self._aborted)) from None
         return values
 
@@ -146,7 +159,9 @@ class Threads(Backend):
     def __init__(self, hub: _Hub, rank: int) -> None:
         self.name = "threads"
         self.rank, self.world_size = rank, hub.world_size
+        self.timeout = timedelta(seconds=hub.timeout)
         self._hub = hub
+        self._begun: Counter[str] = Counter()
 
     def unavailable_reason(self) -> tuple[str, str] | None:
         return None
@@ -169,7 +184,7 @@ class Threads(Backend):
         raise AssertionError("never called: reduces() says no")
 
     def all_gather_into(self, out: Tensor, tensor: Tensor, group: Group) -> Work:
-        parts = self._hub.exchange(group, tensor)
+        parts = self._exchange(group, tensor)
         sizes = {part.numel() for part in parts}
         if len(sizes) > 1:
             raise RuntimeError(f"ranks gathered {sorted(sizes)} elements")
@@ -177,12 +192,22 @@ class Threads(Backend):
         return DONE
 
     def broadcast_(self, tensor: Tensor, src: int, group: Group) -> Work:
-        parts = self._hub.exchange(group, tensor)
+        parts = self._exchange(group, tensor)
         tensor.copy_(parts[group.ranks.index(src)])
         return DONE
 
     def barrier(self, group: Group) -> None:
-        self._hub.exchange(group, None)
+        self._exchange(group, None)
+
+    def _exchange(self, group: Group, value: Any) -> list[Any]:
+        self._begun["all" if group.size == self.world_size else ",".join(map(str, group.ranks))] += 1
+        return self._hub.exchange(group, value)
+
+    def store(self) -> dist.Store:
+        return self._hub.store
+
+    def begun(self) -> dict[str, int]:
+        return dict(self._begun)
 
     def wrap_model(self, model: torch.nn.Module, *, sync_bn: bool, **options: Any) -> torch.nn.Module:
         """Rank 0's weights and buffers, and gradients averaged one by one as backward makes them."""
@@ -193,7 +218,7 @@ class Threads(Backend):
 
         def average(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            parameter.grad.copy_(torch.stack(self._hub.exchange(everyone, parameter.grad)).mean(0))
+            parameter.grad.copy_(torch.stack(self._exchange(everyone, parameter.grad)).mean(0))
 
         for parameter in model.parameters():
             if parameter.requires_grad:

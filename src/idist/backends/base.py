@@ -11,6 +11,7 @@ from inspect import signature
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
@@ -67,6 +68,23 @@ class Group:
         return rank if rank < len(self.ranks) and self.ranks[rank] == rank else self.ranks.index(rank)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pending:
+    """An operation that has begun on this rank and has not ended.
+
+    Attributes:
+        what: for example ``all_reduce of float32 2x3``.
+        number: which one it is of those of its group on this rank.
+        group: how the backend calls the group.
+        ranks: the global ranks of the group.
+    """
+
+    what: str
+    number: int
+    group: str
+    ranks: tuple[int, ...]
+
+
 class Backend(ABC):
     """One way for ranks to talk.
 
@@ -85,6 +103,7 @@ class Backend(ABC):
         rank_is_thread: whether this process has several ranks, of which the calling thread is one.
         rank: of this process; set by :meth:`start` or :meth:`attach`.
         world_size: of the job; likewise.
+        timeout: of every collective, where it is known.
     """
 
     name: str
@@ -95,6 +114,7 @@ class Backend(ABC):
     rank_is_thread: bool = False
     rank: int
     world_size: int
+    timeout: timedelta | None = None
 
     # Life
 
@@ -241,6 +261,24 @@ class Backend(ABC):
     def supports(self, primitive: str) -> bool:
         """Whether a primitive that has a derived default is this backend's own."""
         return getattr(type(self), primitive) is not getattr(Backend, primitive)
+
+    # What is under way, asked by a thread of its own every few seconds; see :mod:`idist.watch`
+
+    def store(self) -> dist.Store | None:
+        """A store that all ranks have in common; ``None``: there is none, and so no report of a hang."""
+        return None
+
+    def begun(self) -> dict[str, int]:
+        """How many operations this rank has begun, by group; ``all`` is one, or the ranks with commas between."""
+        return {}
+
+    def pending(self) -> list[Pending] | None:
+        """Operations that have not ended, the oldest first; ``None``: the backend does not know."""
+        return None
+
+    def traces_of_a_hang(self) -> str:
+        """What else there is to look at after a hang."""
+        return ""
 
     # Hooks
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -20,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
 from idist import rendezvous
-from idist.backends.base import Backend, Group, Work, accelerator
+from idist.backends.base import Backend, Group, Pending, Work, accelerator
 from idist.errors import ConfigError
 from idist.topology import Topology
 
@@ -48,6 +50,21 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+# How the flight recorder calls types that have another name in Python.
+_RECORDED_TYPES = {
+    "float": "float32",
+    "double": "float64",
+    "half": "float16",
+    "long": "int64",
+    "int": "int32",
+    "short": "int16",
+    "char": "int8",
+    "byte": "uint8",
+}
+# https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
+_FLIGHT_RECORDS = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+_USUAL_FLIGHT_RECORDS = "~/.cache/torch/comm_lib_trace_rank_"
+
 _NOT_BACKENDS = frozenset({"undefined", "fake", "mpi4py"})  # the last is ours, under another name
 
 
@@ -75,8 +92,8 @@ class C10d(Backend):
         self._device = torch.device("cpu")
         self._server: dist.TCPStore | None = None
         self._one_node = False
-        self._timeout: timedelta | None = None
         self._told_gloo = False
+        self._started_ns = 0
 
     # Life
 
@@ -103,7 +120,8 @@ class C10d(Backend):
         backend = cls(libraries.pop() if len(libraries) == 1 else config, adopted=True)
         backend.rank, backend.world_size = world.rank(), world.size()
         backend._device = backend._current_device()
-        backend._timeout = _timeout_of(world, backend._device)
+        backend.timeout = _timeout_of(world, backend._device)
+        backend._started_ns = time.time_ns()
         backend._one_node = _meets_on_loopback(dist.distributed_c10d._get_default_store())
         return backend
 
@@ -151,7 +169,8 @@ class C10d(Backend):
             topology, self.name, init_method=init_method, timeout=timeout, prepare=bind, connect=connect
         )
         self.rank, self.world_size = topology.rank, topology.world_size
-        self._timeout = timeout
+        self.timeout = timeout
+        self._started_ns = time.time_ns()
         return topology
 
     def stop(self) -> None:
@@ -215,7 +234,7 @@ class C10d(Backend):
         dist.barrier(group.handle, device_ids=ids)
 
     def new_group(self, ranks: tuple[int, ...], **options: Any) -> Any:
-        options.setdefault("timeout", self._timeout)  # torch would take its default, not the world's
+        options.setdefault("timeout", self.timeout)  # torch would take its default, not the world's
         if "mpi" in self._by_device.values() and dist.is_mpi_available():
             # A native MPI makes groups with the help of all ranks only.
             return dist.new_group(list(ranks), **options)
@@ -236,6 +255,45 @@ class C10d(Backend):
         if handle is None or handle == GroupMember.NON_GROUP_MEMBER:
             return ()
         return tuple(dist.get_process_group_ranks(handle)) if isinstance(handle, dist.ProcessGroup) else None
+
+    # What is under way
+
+    def store(self) -> dist.Store | None:
+        return dist.distributed_c10d._get_default_store()
+
+    def begun(self) -> dict[str, int]:
+        return {name: _begun(group) for group, name in list(dist.distributed_c10d._world.pg_names.items())}
+
+    def pending(self) -> list[Pending] | None:
+        """What torch's flight recorder has of the groups that there are; it does not record where it has no room."""
+        groups = {name: group for group, name in list(dist.distributed_c10d._world.pg_names.items())}
+        recorded = _recorded()
+        return (
+            None
+            if recorded is None
+            else [
+                Pending(
+                    _recorded_as(entry),
+                    entry["collective_seq_id"],
+                    name,
+                    tuple(dist.get_process_group_ranks(groups[name])),
+                )
+                for entry in recorded
+                if (name := entry["process_group"][0]) in groups
+                and not entry["retired"]
+                and entry["state"] != "completed"
+                and entry["time_created_ns"] > self._started_ns
+            ]
+        )
+
+    def traces_of_a_hang(self) -> str:
+        if "nccl" not in self._by_device.values():
+            return ""
+        files = next(filter(None, map(os.environ.get, _FLIGHT_RECORDS)), _USUAL_FLIGHT_RECORDS)
+        return (
+            "  With TORCH_NCCL_DUMP_ON_TIMEOUT=1 torch writes at the timeout what each rank had under way, to files "
+            f"{files}RANK; `torchfrtrace` compares them."
+        )
 
     # Hooks
 
@@ -404,6 +462,25 @@ def _timeout_of(world: dist.ProcessGroup, device: torch.device) -> timedelta | N
         options = getattr(world._get_backend(device), "options", None)
         return getattr(options, "_timeout", None)
     return None
+
+
+def _begun(group: Any) -> int:
+    libraries = {group._get_backend(device) for device in group._device_types}
+    return sum(library._get_sequence_number_for_group() for library in libraries)
+
+
+def _recorded() -> list[dict[str, Any]] | None:
+    """What torch's flight recorder holds, the oldest first; None where it does not record, or has no such function."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    return None if dump is None else json.loads(dump(includeCollectives=True, onlyActive=True)).get("entries")
+
+
+def _recorded_as(entry: dict[str, Any]) -> str:
+    name = entry["profiling_name"].rpartition(":")[2]
+    if not entry["input_sizes"]:
+        return str(name)
+    dtype = entry["input_dtypes"][0].lower()
+    return f"{name} of {_RECORDED_TYPES.get(dtype, dtype)} {'x'.join(map(str, entry['input_sizes'][0])) or 'scalar'}"
 
 
 def _common_reductions() -> dict[str, frozenset[torch.dtype]]:

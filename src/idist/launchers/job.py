@@ -251,7 +251,7 @@ def _refuse_unknown(options: Mapping[str, Any], backend: Backend) -> None:
     parameters = inspect.signature(backend.start).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
     ours = inspect.signature(plan).parameters
-    allowed = (known | set(ours) | {"verify"}) - {"backend", "env", "options"}
+    allowed = (known | set(ours) | {"verify", "warn_after"}) - {"backend", "env", "options"}
     for name in options:
         if name not in allowed:
             expected = ", ".join(sorted(allowed))

@@ -225,6 +225,7 @@ def returned(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> bytes:
 def raised(error: BaseException) -> Raised:
     """How it is told."""
     at = time.monotonic()
+    runtime.explain(error)
     exitcode = None
     if isinstance(error, SystemExit):
         exitcode = error.code if isinstance(error.code, int) else 1

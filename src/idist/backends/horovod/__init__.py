@@ -52,7 +52,8 @@ class Horovod(Backend):
     def __init__(self, name: str) -> None:
         self.name = name
         self._device = torch.device("cpu")
-        self._timeout: timedelta = default_pg_timeout
+        self._met: dist.Store | None = None
+        self.timeout: timedelta = default_pg_timeout
         self._session: library.Session | None = None
         self._calls: Counter[tuple[int, ...]] = Counter()
         self._models = self._optimizers = 0
@@ -77,7 +78,7 @@ class Horovod(Backend):
         hvd = backend._hvd = library.load()
         backend.rank, backend.world_size = hvd.rank(), hvd.size()
         backend._device = library.training_device(hvd, None, None)
-        backend._sets = ProcessSets(hvd, backend._timeout)
+        backend._sets = ProcessSets(hvd, backend.timeout)
         return backend
 
     @property
@@ -95,7 +96,7 @@ class Horovod(Backend):
     ) -> Topology:
         self._reject(options)
         hvd = self._hvd = library.load()
-        self._timeout = timeout or default_pg_timeout
+        self.timeout = timeout or default_pg_timeout
 
         def bind(placed: Topology) -> None:
             self._device = library.training_device(hvd, device, placed)
@@ -106,14 +107,15 @@ class Horovod(Backend):
         met = rendezvous.join(topology, _NAME, init_method=init_method, timeout=timeout, prepare=bind, connect=connect)
         assert self._session is not None
         self.rank, self.world_size = met.topology.rank, met.topology.world_size
-        self._sets = ProcessSets(hvd, self._timeout, met.store, self.world_size)
+        self._sets = ProcessSets(hvd, self.timeout, met.store, self.world_size)
         self._session.keep(met.server, self._sets)
+        self._met = met.store
         return met.topology
 
     def stop(self) -> None:
         if self._session is not None:
             self._session.end()
-            self._session = None
+            self._session = self._met = None
 
     def device(self) -> torch.device:
         return self._device
@@ -165,6 +167,16 @@ class Horovod(Backend):
             return ()
         return tuple(handle.ranks) if isinstance(handle, self._hvd.ProcessSet) else None
 
+    # What is under way
+
+    def store(self) -> dist.Store | None:
+        return self._met
+
+    def begun(self) -> dict[str, int]:
+        names = {ranks: "all" if len(ranks) == self.world_size else ",".join(map(str, ranks)) for ranks in self._calls}
+        # Those of Horovod's own optimizer are not ours to count, but we wait for them.
+        return {names[ranks]: count for ranks, count in self._calls.items()} | library.WAITS
+
     # Hooks
 
     def wrap_model(self, model: torch.nn.Module, *, sync_bn: bool, **options: Any) -> torch.nn.Module:
@@ -192,7 +204,7 @@ class Horovod(Backend):
         from idist.backends.horovod import optimizers
 
         options.setdefault("named_parameters", list(self._named(optimizer)))
-        optimizers.distribute(self._hvd, optimizer, options, self._timeout)
+        optimizers.distribute(self._hvd, optimizer, options, self.timeout)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 self._steppers[parameter] = weakref.ref(optimizer)
@@ -244,7 +256,7 @@ class Horovod(Backend):
         process_set = self._hvd.global_process_set if group.handle is None else group.handle
         with library.clear_errors(self._hvd):
             handle = function(*args, name=name, process_set=process_set, **options)
-        return library.HorovodWork(self._hvd, handle, self._timeout, finish)
+        return library.HorovodWork(self._hvd, handle, self.timeout, finish)
 
     @property
     def _everyone(self) -> Group:

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +29,8 @@ from idist.topology import Topology
 _DOCUMENT = "docs/backends/horovod.md of idist"
 _BUILD = f'`pip install numpy "$(tools/horovod-wheel.sh)"` builds and installs it: see {_DOCUMENT}.'
 _LONGEST_PAUSE_S = 0.001
+WAITS: Counter[str] = Counter(waits=0)
+"""How often this rank has begun to wait for Horovod."""
 
 
 def installed() -> Path | None:
@@ -98,6 +101,7 @@ def await_all(hvd: Any, handles: Iterable[int], timeout: timedelta) -> None:
     Raises:
         PeerFailed: not in time.
     """
+    WAITS["waits"] += 1
     deadline = time.monotonic() + timeout.total_seconds()
     for handle in handles:
         pause = _LONGEST_PAUSE_S / 16

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from idist.backends.base import Pending
 from idist.backends.c10d import C10d
 from idist.backends.mpi import library
 from idist.rendezvous import DEFAULT_TIMEOUT
@@ -71,6 +72,15 @@ class Mpi(C10d):
             from idist.backends.mpi.work import stop_progress
 
             stop_progress()
+
+    def begun(self) -> dict[str, int]:
+        groups: list[tuple[Any, str]] = list(dist.distributed_c10d._world.pg_names.items())
+        return {name: group.begun for group, name in groups}
+
+    def pending(self) -> list[Pending]:
+        from idist.backends.mpi.work import pending
+
+        return pending()
 
     def reduces(self, op: str, dtype: torch.dtype) -> bool:
         return dtype in _INTEGERS or (dtype in _FLOATS and op not in ("AND", "OR"))

@@ -45,10 +45,15 @@ class MpiGroup(dist.ProcessGroup):
         super().__init__(comm.Get_rank(), comm.Get_size())  # type: ignore[call-arg]
         self._comm = comm
         self._name = name
-        self._watch = Watch(ranks, timeout, departures(MPI))
+        self._watch = Watch(name, ranks, timeout, departures(MPI))
         self._order = threading.Lock()
         self._latest: Callable[[], MpiWork | None] = lambda: None
         self._last_tag = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+
+    @property
+    def begun(self) -> int:
+        """How many operations this rank has begun."""
+        return self._watch.begun
 
     # What torch asks a group for
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
+from idist.backends.base import Pending
 from idist.backends.mpi.library import Departures
 
 _SPINS = 200
@@ -31,24 +32,29 @@ class Watch:
     """How long an operation of a group may take, and of whom it is known that they will not come.
 
     Attributes:
+        name: of the group.
+        ranks: its global ranks.
         seconds: from the start of the operation.
+        begun: how many operations this rank has begun.
     """
 
-    def __init__(self, ranks: Iterable[int], timeout: timedelta, departures: Departures) -> None:
+    def __init__(self, name: str, ranks: Iterable[int], timeout: timedelta, departures: Departures) -> None:
+        self.name = name
+        self.ranks = tuple(ranks)
         self.seconds = timeout.total_seconds()
-        self._ranks = tuple(ranks)
+        self.begun = 0
         self._departures = departures
 
     def problem(self, what: str, begun: float) -> str | None:
         """What speaks against waiting any longer."""
         now = time.monotonic()
         noticed = self._departures.noticed()
-        gone = sorted(rank for rank in self._ranks if now - noticed.get(rank, now) > _CONFIRM_S)
+        gone = sorted(rank for rank in self.ranks if now - noticed.get(rank, now) > _CONFIRM_S)
         if gone:
             return f"{what} cannot end: {_ranks(gone)} ended without taking part. What they printed says why."
         if now - begun > self.seconds:
             return (
-                f"{what} timed out after {self.seconds:.0f} s: some of the {len(self._ranks)} ranks of the group "
+                f"{what} timed out after {self.seconds:.0f} s: some of the {len(self.ranks)} ranks of the group "
                 "did not come, or called another collective."
             )
         return None
@@ -91,6 +97,8 @@ class MpiWork(dist.Work):
         self._keep = keep
         self._statuses = statuses
         self._begun = time.monotonic()
+        watch.begun += 1
+        self._number = watch.begun
         self._done = False
         self._error: Exception | None = None
         self._ended: Any = None
@@ -130,6 +138,11 @@ class MpiWork(dist.Work):
                 return True
             self._requests = [self._calls.popleft()()]
         return False
+
+    def pending(self) -> Pending | None:
+        """Unless it has ended."""
+        watch = self._watch
+        return None if self._done else Pending(self._what, self._number, watch.name, watch.ranks)
 
     def look(self) -> bool:
         """As :meth:`advance`, and give up if there is reason to."""
@@ -211,6 +224,12 @@ class MpiWork(dist.Work):
     def settle(self) -> None:
         """Tell the future that the operation has ended."""
         self._ended.set_result(None)
+
+
+def pending() -> list[Pending]:
+    """What has not ended, the oldest first."""
+    works = sorted(_under_way.copy(), key=lambda work: work._begun)
+    return [found for work in works if (found := work.pending()) is not None]
 
 
 class Together(MpiWork):
