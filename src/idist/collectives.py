@@ -59,7 +59,7 @@ class Handle:
             try:
                 self._work.wait()
             except RuntimeError as error:
-                explain(error)
+                explain(error)  # with the report of the hang, if there is one
                 raise
             self._result = self._finish()
             self._work = None
@@ -443,7 +443,11 @@ def barrier(group: Any = None) -> None:
         return
     if context.verify:
         wire.agree(context, members, Message(Call.BARRIER, Kind.ABSENT))
-    context.backend.barrier(members)
+    try:
+        context.backend.barrier(members)
+    except RuntimeError as error:
+        explain(error)
+        raise
 
 
 def outcome(context: Context, group: Group, src: int, failure: str | None) -> str | None:

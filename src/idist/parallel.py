@@ -50,8 +50,8 @@ class Parallel:
         **spawn_kwargs: ``start_method``: ``forkserver`` (default), ``spawn``, or ``fork`` (default in a
             notebook, whose functions no other process can import). ``timeout``: of the meeting and
             of every collective, in seconds or a timedelta. ``device``: to train on. ``daemon``: whether
-            the processes may not start processes of their own. ``verify`` and the backend's own
-            options as in :func:`idist.initialize`. What concerns the start of processes has no
+            the processes may not start processes of their own. ``verify``, ``warn_after`` and the
+            backend's own options as in :func:`idist.initialize`. What concerns the start of processes has no
             effect where none is started.
 
     Raises:

@@ -25,7 +25,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import GroupMember
 
 from idist import backends, environments, failures
-from idist.backends.base import Backend, Group
+from idist.backends.base import Backend, Group, Work
 from idist.backends.serial import Serial
 from idist.errors import ConfigError, LaunchError, UnknownArgument
 from idist.topology import SERIAL, Topology
@@ -312,6 +312,15 @@ def explain(error: BaseException) -> None:
         watch.explain(error)
 
 
+def wait_for(work: Work) -> None:
+    """Wait; what is raised then has the report of the hang, if there is one."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        explain(error)
+        raise
+
+
 def sync(temporary: bool = False) -> None:
     """Adopt a process group made by hand and learn which ranks share a node.
 
@@ -415,7 +424,7 @@ def _exchange_hosts(context: Context) -> list[str]:
     device = context.backend.device()
     mine = torch.frombuffer(bytearray(name), dtype=torch.uint8).to(device)
     out = torch.empty(context.world_size * mine.numel(), dtype=torch.uint8, device=device)
-    context.backend.all_gather_into(out, mine, context.everyone).wait()
+    wait_for(context.backend.all_gather_into(out, mine, context.everyone))
     return [bytes(row).hex() for row in out.view(context.world_size, -1).tolist()]
 
 

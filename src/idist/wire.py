@@ -26,7 +26,7 @@ import torch
 from idist import reductions
 from idist.backends.base import Group
 from idist.errors import CollectiveMismatch, PeerFailed
-from idist.runtime import Context
+from idist.runtime import Context, wait_for
 
 FRAME = 256
 _HEADER = struct.Struct("<BBBxiq")
@@ -366,7 +366,7 @@ class _Frames:
         self._mine[: len(frame)] = frame
         if self._staged_tensor is not self._tensor:
             self._staged_tensor.copy_(self._tensor)
-        context.backend.all_gather_into(self._staged_out, self._staged_tensor, group).wait()
+        wait_for(context.backend.all_gather_into(self._staged_out, self._staged_tensor, group))
         if self._staged_out is not self._out:
             self._out.copy_(self._staged_out)
         return self._gathered
@@ -382,7 +382,7 @@ def broadcast_bytes(context: Context, group: Group, mine: bytes, length: int, sr
     memory = bytearray(mine if context.rank == src else bytes(length))
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     staged = tensor.to(context.backend.device())
-    context.backend.broadcast_(staged, src, group).wait()
+    wait_for(context.backend.broadcast_(staged, src, group))
     tensor.copy_(staged)
     return bytes(memory)
 
@@ -394,7 +394,7 @@ def scatter_bytes(context: Context, group: Group, rows: list[bytes] | None, leng
     device = context.backend.device()
     staged = out.to(device)
     tensor = None if rows is None else torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).to(device)
-    context.backend.scatter_into(staged, tensor, src, group).wait()
+    wait_for(context.backend.scatter_into(staged, tensor, src, group))
     out.copy_(staged)
     return bytes(memory)
 
@@ -407,9 +407,9 @@ def _gather_bytes(context: Context, group: Group, mine: bytes, to: int | None = 
     out = torch.frombuffer(gathered, dtype=torch.uint8)
     staged = out.to(device)
     if to is None:
-        context.backend.all_gather_into(staged, tensor, group).wait()
+        wait_for(context.backend.all_gather_into(staged, tensor, group))
     else:
-        context.backend.gather_into(staged if context.rank == to else None, tensor, to, group).wait()
+        wait_for(context.backend.gather_into(staged if context.rank == to else None, tensor, to, group))
     if staged is not out:
         out.copy_(staged)
     return gathered

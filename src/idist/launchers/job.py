@@ -16,7 +16,7 @@ from idist import backends, environments
 from idist.backends.base import Backend
 from idist.errors import ConfigError, UnknownArgument, did_you_mean
 from idist.rendezvous import DEFAULT_TIMEOUT
-from idist.runtime import as_device, seconds
+from idist.runtime import as_device, seconds, warn_seconds
 from idist.topology import Topology
 
 START_METHODS = ("forkserver", "spawn", "fork")
@@ -94,6 +94,7 @@ def plan(
     join: bool = True,
     timeout: float | timedelta | None = None,
     device: str | torch.device | None = None,
+    warn_after: float | None = None,
     **options: Any,
 ) -> Job:
     """Check the arguments of :class:`idist.Parallel` that start processes; see there.
@@ -127,7 +128,14 @@ def plan(
     if join is not True:
         raise ConfigError("join=False is not supported: run returns what the function returned; call it in a thread")
     _refuse_unknown(options, found)
-    given = {"timeout": seconds(timeout), "device": as_device(device), **options, **address.options}
+    warned = None if warn_after is None else warn_seconds(warn_after)
+    given = {
+        "timeout": seconds(timeout),
+        "device": as_device(device),
+        "warn_after": warned,
+        **options,
+        **address.options,
+    }
     return Job(
         backend=found,
         nproc_per_node=nproc_per_node,
@@ -251,7 +259,7 @@ def _refuse_unknown(options: Mapping[str, Any], backend: Backend) -> None:
     parameters = inspect.signature(backend.start).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
     ours = inspect.signature(plan).parameters
-    allowed = (known | set(ours) | {"verify", "warn_after"}) - {"backend", "env", "options"}
+    allowed = (known | set(ours) | {"verify"}) - {"backend", "env", "options"}
     for name in options:
         if name not in allowed:
             expected = ", ".join(sorted(allowed))

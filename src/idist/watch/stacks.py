@@ -24,6 +24,7 @@ _LAUNCHERS = _IDIST + "launchers" + os.sep
 _TESTING = _IDIST + "testing.py"
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _TORCH_DISTRIBUTED = os.path.join(_TORCH, "distributed", "")
+_TORCH_PARALLEL = os.path.join(_TORCH, "nn", "parallel", "")
 _LOGGED = os.path.join(_TORCH_DISTRIBUTED, "c10d_logger.py")
 _PYTHON = str(Path(os.__file__).parent) + os.sep
 _INSTALLED = ("site-packages", "dist-packages")
@@ -118,7 +119,7 @@ def _operation(inner: Sequence[FrameType]) -> tuple[str | None, bool, tuple[int,
     ours_waits = doing.startswith((_BACKENDS, _TESTING))  # and does not do something else there, such as an import
     if any(frame.f_code.co_name == _ENGINE for frame in inner):
         return "backward", ours_waits, None
-    theirs = [frame for frame in inner if frame.f_code.co_filename.startswith(_TORCH_DISTRIBUTED)]
+    theirs = [frame for frame in inner if frame.f_code.co_filename.startswith((_TORCH_DISTRIBUTED, _TORCH_PARALLEL))]
     named = [frame for frame in theirs if frame.f_code.co_filename != _LOGGED]
     if ours and inner.index(ours[-1]) > max([inner.index(frame) for frame in named], default=-1):
         return (_name(ours[-1].f_code), True, None) if ours_waits or doing in _files(named) else (None, False, None)
