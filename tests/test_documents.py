@@ -16,6 +16,7 @@ PAGES = (
     "commands.md",
     "data.md",
     "training.md",
+    "hangs.md",
     "backends/torch.md",
     "launchers/python.md",
     "launchers/torchrun.md",

@@ -303,10 +303,10 @@ def all_reduce_bytes(context: Context, group: Group, memory: bytearray, dtype: t
     tensor = torch.frombuffer(memory, dtype=dtype)
     staged = tensor.to(context.backend.device())
     if context.backend.reduces(op, dtype):
-        context.backend.all_reduce_(staged, op, group).wait()
+        wait_for(context.backend.all_reduce_(staged, op, group))
     else:
         rows = staged.new_empty(group.size * staged.numel())
-        context.backend.all_gather_into(rows, staged, group).wait()
+        wait_for(context.backend.all_gather_into(rows, staged, group))
         stacked = rows.view(group.size, -1)
         # torch's sum begins with 0, which would lose the sign of -0.0
         staged = reduce(torch.add, stacked) if op == "SUM" else reductions.of_tensors(stacked, op)
