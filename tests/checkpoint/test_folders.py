@@ -7,16 +7,16 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from processes import LOOPBACK, free_port, started
 from torch import nn
 
 import idist
@@ -24,24 +24,40 @@ from checkpoint.test_training_goes_on import ranks
 from idist.checkpoint import contents, folders
 from idist.testing import run_threads
 
-SAVES_FOR_EVER = """
-import sys, torch, idist
 
-def saves(local_rank, folder):
-    model = torch.nn.Linear(400, 400)
+def saves_for_ever(rank: int, size: int, folder: Path, said: Path) -> None:
+    """Save again and again, and say of which number it is when it is done; and, for a start, which process this is."""
+    if size > 1:
+        idist.initialize("gloo", rank=rank, world_size=size, timeout=60)
+    (said / f"pid {rank}").write_text(str(os.getpid()))
+    model = nn.Linear(400, 400)
     model.weight.requires_grad_(False)
     number = 0
     while True:
         number += 1
         model.weight.fill_(number)
         idist.save(folder, model=model, number=number, keep=2)
-        if idist.get_rank() == 0:
-            print(number, flush=True)
+        if rank == 0:
+            (said / f"saved {number}").touch()
 
-if __name__ == "__main__":
-    with idist.Parallel("gloo", nproc_per_node=int(sys.argv[2]), timeout=60) as parallel:
-        parallel.run(saves, sys.argv[1])
-"""
+
+def kill_at_any_moment(size: int, folder: Path, said: Path, chance: random.Random) -> int:
+    """Kill all ranks at once, some time after the first checkpoint; the number of the last of which they said so."""
+    said.mkdir()
+    where = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": free_port()}
+    with started(saves_for_ever, size, size, folder, said, env=lambda rank: where, timeout=60) as wait:
+        until = time.monotonic() + 50
+        while not (said / "saved 1").exists():
+            assert time.monotonic() < until, wait()
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.3))
+        for rank in range(size):
+            with suppress(ProcessLookupError):  # it has ended already, as the rank before it is gone
+                os.kill(int((said / f"pid {rank}").read_text()), signal.SIGKILL)
+        writer, *others = wait()
+        assert writer.error == "it ended without an answer, exit code -9"
+        assert all(other.error for other in others)
+    return max(int(path.name.split()[1]) for path in said.glob("saved *"))
 
 
 def names(folder: Path) -> list[str]:
@@ -68,25 +84,17 @@ def test_no_checkpoint(tmp_path: Path) -> None:
             idist.load(folder)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_in_the_middle(tmp_path: Path, processes: int) -> None:
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("size", [1, 2])
+def test_killed_in_the_middle(tmp_path: Path, size: int) -> None:
     """Again and again, at any moment: the newest checkpoint is whole, and the next save begins after it."""
-    script, folder, chance = tmp_path / "saves.py", tmp_path / "run", random.Random(processes)
-    script.write_text(SAVES_FOR_EVER)
+    folder, chance = tmp_path / "run", random.Random(size)
     newest = 0
-    for _ in range(4):
-        command = [sys.executable, str(script), str(folder), str(processes)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline(), "it has not saved once"
-            time.sleep(chance.uniform(0, 0.3))
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            said = process.communicate()[0].split()
+    for turn in range(4):
+        said = kill_at_any_moment(size, folder, tmp_path / f"said {turn}", chance)
         model = nn.Linear(400, 400)
         number = idist.load(folder, model=model)["number"]
-        assert number >= max(map(int, said), default=1)
+        assert number >= said
         assert model.weight.eq(number).all()
         now = int(max(name for name in names(folder) if not name.startswith(".")))
         assert now > newest
