@@ -53,7 +53,8 @@ def test_the_job_ends_as_it_should(cell: Cell, tmp_path: Path) -> None:
 def test_the_samples_are_of_every_kind_and_of_every_moment() -> None:
     for launcher in LAUNCHERS:
         samples = [cell for cell in cells() if cell.launcher == launcher and is_sample(cell)]
-        assert {cell.kind for cell in samples} == {kind.name for kind in KINDS}
+        left_out = {"SIGSTOP"} if launcher == "torchrun" else set()
+        assert {cell.kind for cell in samples} == {kind.name for kind in KINDS} - left_out
         assert {cell.moment for cell in samples} == set(MOMENTS)
 
 

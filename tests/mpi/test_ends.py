@@ -72,6 +72,22 @@ def test_all_end_with_the_first(tmp_path: Path, ending: str, rank: int, how: str
     assert SAYS[ending].format(rank=rank) in job.stderr
 
 
+def test_mpi_that_cannot_start_ends_in_time(tmp_path: Path) -> None:
+    """A rank failed before: MPICH waits for it for ever, and Open MPI's mpiexec ends all by itself."""
+    script = """
+import os, sys, idist
+if os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "1":
+    sys.exit("no data")
+idist.initialize("mpi", timeout=3)
+"""
+    begun = time.monotonic()
+    job = ended(tmp_path, script)
+    assert job.returncode != 0
+    assert "no data" in job.stderr
+    assert time.monotonic() - begun < 60
+    assert mpiexec.IS_OPEN_MPI or "rank 0 of 2: MPI has not started within 3 s" in job.stderr
+
+
 def test_who_is_needed_no_more_may_end(tmp_path: Path) -> None:
     """The others go on as long as they like."""
     script = """
