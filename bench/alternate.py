@@ -2,8 +2,8 @@
 
 The load of the machine comes and goes, and hits both sides of a turn alike; so a ratio is that of one turn, and what
 is printed is the median of all turns and, as their spread, the middle half of them. Other programs only ever add to a
-time; so the fastest turns of both sides are compared as well. A target is met, or missed, if both ratios say so; else that
-is open. Times are those of one machine.
+time; so the fastest turns of both sides are compared as well. A target is met, or missed, if both ratios say so; else
+that is open. Times are those of one machine.
 """
 
 from __future__ import annotations
