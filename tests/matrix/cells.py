@@ -49,7 +49,12 @@ KINDS = (
     Kind("SIGTERM", r"SIGTERM|[Ss]ignal 15|-15|\b143\b|Terminated", silent=True),
     Kind("SIGKILL", r"SIGKILL|[Ss]ignal 9|-9|\b137\b|Killed|EXIT CODE: 9", silent=True),
     Kind("segmentation fault", r"SIGSEGV|[Ss]ignal 11|-11|\b139\b|Segmentation fault|EXIT CODE: 139", silent=True),
-    Kind("SIGSTOP", r"(?i)timed out|in time|never came|is stopped", silent=True, timeout_s=STOPPED_TIMEOUT_S),
+    Kind(
+        "SIGSTOP",
+        r"(?i)timed out|in time|has not started within|never came|is stopped",
+        silent=True,
+        timeout_s=STOPPED_TIMEOUT_S,
+    ),
     Kind("Ctrl-C", "", silent=True, interrupts=1),
     Kind("Ctrl-C twice", "", silent=True, interrupts=2),
 )
@@ -173,7 +178,7 @@ FACTS = (
         (NO_RANK,),
         "srun|mpiexec.*|horovodrun",
         "SIGSTOP",
-        "between steps|inside.*",
+        "before init|between steps|inside.*",
         "the ranks that wait know of the timeout, and not all libraries tell whom they waited for.",
     ),
     Fact(
