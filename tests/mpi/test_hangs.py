@@ -22,10 +22,10 @@ with idist.Parallel("mpi", timeout=6, warn_after=1) as parallel:
 
 
 def test_a_rank_does_not_come(tmp_path: Path) -> None:
-    job = mpiexec.run(SCRIPT, 3, tmp_path)
+    job = mpiexec.run(SCRIPT, 2, tmp_path)  # one that waits: what two show mixes
     assert job.returncode != 0
-    report, _, error = job.stderr.partition("RuntimeError: all_reduce timed out after 6 s")
+    report, _, error = job.stderr.partition(" timed out after 6 s")
     for said in (report, error):
-        assert "idist: 2 of 3 ranks wait, for 1 s now; rank 1 has not come." in said
-        assert "    ranks 0, 2: all_reduce of float32 2x3 with SUM (number 1 of its group), at " in said
+        assert "idist: 1 of 2 ranks wait, for 1 s now; rank 1 has not come." in said
+        assert "    rank 0: all_reduce of float32 2x3 with SUM (number 1 of its group), at " in said
         assert " in training: time.sleep(30)" in said
