@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +23,6 @@ OPS = ("SUM", "PRODUCT", "MIN", "MAX", "AND", "OR", "AVERAGE")
 PROMPT_S = 5.0
 """An error that travels is there sooner; one that only a timeout brings is not."""
 
-# The threads of XLA's CPU client share work of this size among as many threads as there are cores, while on the cores
-# of a small machine ranks wait for each other: it aborts after a while.
-LARGE = 2**12 if "IDIST_REPLICAS" in os.environ else 2**20
-
 LAYOUTS: dict[str, Callable[[int], Tensor]] = {
     "0-d": lambda rank: torch.tensor(3.0 + rank),
     "one element": lambda rank: torch.tensor([3.0 + rank]),
@@ -39,7 +34,7 @@ LAYOUTS: dict[str, Callable[[int], Tensor]] = {
     "offset": lambda rank: _steps(12, rank)[4:],
     "channels last": lambda rank: _steps(96, rank).view(4, 3, 2, 4).contiguous(memory_format=torch.channels_last),
     "expanded": lambda rank: _steps(3, rank).expand(4, 3),
-    "large": lambda rank: _steps(LARGE, rank),
+    "large": lambda rank: _steps(2**20, rank),
     "conjugated": lambda rank: torch.tensor([1 + 2j, 3 - 1j, rank * 1j, rank]).conj(),
     "negated": lambda rank: torch.tensor([1 + 2j, 3 - 1j, rank * 1j, rank]).conj().imag,
     "requires grad": lambda rank: _steps(12, rank).view(4, 3).requires_grad_(),
