@@ -40,10 +40,10 @@ def parted(text: str) -> tuple[str, list[str]]:
 
 
 def together(block: str) -> tuple[str, list[str]]:
-    """The commands of all nodes as one; the last is waited for first, and all have to succeed."""
-    *others, last = ON_NODE.findall(block)
-    command = "".join(f"{other} & " for other in others) + f"{last}; code=$?" + "; wait -n || code=$?" * len(others)
-    return f"{command}; exit $code", ON_NODE.sub("", block).split("\n")
+    """The commands of all nodes as one, which succeeds if all do."""
+    started = "".join(f'{command} & nodes="$nodes $!"; ' for command in ON_NODE.findall(block))
+    waited = 'for node in $nodes; do wait "$node" || failed=1; done; [ -z "$failed" ]'
+    return started + waited, ON_NODE.sub("", block).split("\n")
 
 
 def offered(page: str) -> dict[str, str]:
