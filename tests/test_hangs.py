@@ -394,6 +394,22 @@ def test_a_group_made_by_hand_is_watched() -> None:
     assert run_ranks(adopted, 2, free_port(), env=lambda rank: {"IDIST_WARN_AFTER": 5}) == [(True, False)] * 2
 
 
+def with_nobody(_: int) -> bool:
+    """Whether the rank is watched still after some looks: torch's fake group counts nothing, and so does its store."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    idist.get_rank()
+    time.sleep(1)
+    alive = any(thread.name == "idist watch" for thread in threading.enumerate())
+    dist.destroy_process_group()
+    return alive
+
+
+def test_what_cannot_be_asked_does_not_end_the_watch() -> None:
+    assert run_ranks(with_nobody, 1, env=lambda rank: {"IDIST_WARN_AFTER": 2}) == [True]
+
+
 def test_never() -> None:
     def body() -> bool:
         return runtime.current().watch is None

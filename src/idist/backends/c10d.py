@@ -465,8 +465,11 @@ def _timeout_of(world: dist.ProcessGroup, device: torch.device) -> timedelta | N
 
 
 def _begun(group: Any) -> int:
+    """How many operations this rank has begun in a group; 0 where the backend does not count them."""
     libraries = {group._get_backend(device) for device in group._device_types}
-    return sum(library._get_sequence_number_for_group() for library in libraries)
+    with suppress(RuntimeError):
+        return sum(library._get_sequence_number_for_group() for library in libraries)
+    return 0
 
 
 def _recorded() -> list[dict[str, Any]] | None:

@@ -159,17 +159,18 @@ class Watch:
             elif self._is_to_report(store):
                 self._publish(store)
         except TimeoutError:
-            self._report_alone("does not answer: who serves it, rank 0 if no launcher does, is stopped or out of reach")
+            served = "who serves it, rank 0 if no launcher does,"
+            self._report_alone(f"the store of the job does not answer; {served} is stopped or out of reach")
         except (OSError, dist.DistError, ValueError):  # the last is torch's, of a group that is no more
             self._store_is_gone = True
-            self._report_alone("is gone, and so is who served it: rank 0, if no launcher did")
+            self._report_alone("there is no store to ask them by, or who served it, rank 0 if no launcher did, is gone")
 
     def _reachable(self) -> dist.Store:
         """The store, by a connection of our own: one wait of a rank blocks all others on its connection.
 
         Raises:
             TimeoutError: whoever serves it does not answer.
-            OSError: nobody serves it any more.
+            OSError: nobody serves it any more, or it does not give out connections.
         """
         if self._store_is_gone:
             raise ConnectionError
@@ -178,7 +179,10 @@ class Watch:
             if store is None:
                 raise ConnectionError
             rendezvous.expect_answer(store)
-            self._store = dist.PrefixStore("idist/watch", store.clone())
+            try:
+                self._store = dist.PrefixStore("idist/watch", store.clone())
+            except RuntimeError as error:
+                raise ConnectionError from error
             self._store.set(f"process/{self._backend.rank}", _process())
             self._episode = self._store.add("episode", 0)
         else:
@@ -231,7 +235,7 @@ class Watch:
             return
         self._told = True
         report = render([self._statement()], 1, {}, self._backend.traces_of_a_hang())
-        report += f"\n  The other ranks cannot be asked: the store of the job {why}."
+        report += f"\n  The other ranks cannot be asked: {why}."
         self._print(report)
         self._keep(report)
 
