@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,18 @@ def test_op(call: str) -> None:
     )
 
 
-@pytest.mark.parametrize("call", sorted(TENSOR_CALLS.keys() - {"all_reduce", "all_reduce_"}))
-def test_operation(call: str) -> None:
-    disagreement(
-        lambda: idist.all_reduce(torch.zeros(4), verify=True),
-        lambda: TENSOR_CALLS[call](torch.zeros(4), verify=True),
-        "all_reduce of a tensor",
-        f"{call} of a tensor",
-    )
+OPERATIONS: dict[str, Callable[[], Any]] = {
+    **{
+        name: partial(call, torch.zeros(4), verify=True) for name, call in TENSOR_CALLS.items() if name != "all_reduce_"
+    },
+    "scatter": lambda: idist.scatter(of_all(torch.tensor)),
+    "barrier": lambda: idist.barrier(),  # verified because the context is
+}
+
+
+@pytest.mark.parametrize(("call", "other"), [(a, b) for a in OPERATIONS for b in OPERATIONS if a < b])
+def test_operation(call: str, other: str) -> None:
+    disagreement(OPERATIONS[call], OPERATIONS[other], f"{call} ", f"{other} ")
 
 
 @pytest.mark.parametrize("call", ["broadcast", "gather"])

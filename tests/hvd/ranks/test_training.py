@@ -341,3 +341,23 @@ def test_errors() -> None:
     with pytest.raises(ConfigError, match="scheduler after"):
         idist.auto_optim(early)
     assert type(early) is torch.optim.SGD
+
+
+def test_a_backward_pass_that_raised_does_not_keep_the_next_from_reducing() -> None:
+    model = idist.auto_model(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)))
+    optimizer = idist.auto_optim(torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def broken(_: Tensor) -> None:
+        raise ArithmeticError("in the middle")
+
+    hidden = model[0](torch.ones(1, 2))
+    hidden.register_hook(broken)
+    with pytest.raises(ArithmeticError):
+        model[1](hidden).sum().backward()
+    optimizer.zero_grad()
+    model(torch.full((1, 2), 1.0 + idist.get_rank())).sum().backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        everyones = idist.all_gather(parameter.grad.unsqueeze(0))
+        assert torch.equal(everyones, everyones[:1].expand_as(everyones))
+    optimizer.step()

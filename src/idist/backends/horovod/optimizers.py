@@ -106,7 +106,7 @@ def _reduce_after_backward(hvd: Any, optimizer: Any, timeout: timedelta) -> None
     made = type(optimizer)
     bare: Any = made.__mro__[2]  # Horovod's class, Shared, and then the user's
     reduce = made.synchronize
-    queued = False
+    passing = -1
 
     def synchronize(self: Any) -> None:
         if not self._synchronized:
@@ -134,7 +134,7 @@ def _reduce_after_backward(hvd: Any, optimizer: Any, timeout: timedelta) -> None
         raise ConfigError("Horovod would not reduce the gradients of a parameter group that is added after auto_optim")
 
     def after_gradient(_: Tensor) -> None:
-        nonlocal queued
+        nonlocal passing
         if optimizer._synchronized and optimizer.op != hvd.Average:
             raise ConfigError(
                 "backward() was called again before optimizer.step() or optimizer.zero_grad(): gradients that have "
@@ -142,13 +142,12 @@ def _reduce_after_backward(hvd: Any, optimizer: Any, timeout: timedelta) -> None
                 "backward_passes_per_step to auto_optim."
             )
         optimizer._synchronized = False
-        if not queued:
-            queued = True
+        # By the number of the pass, not by a flag: a pass that raises does not come to its end.
+        if passing != torch._C._current_graph_task_id():
+            passing = torch._C._current_graph_task_id()
             Variable._execution_engine.queue_callback(after_backward)
 
     def after_backward() -> None:
-        nonlocal queued
-        queued = False
         if any(handle is not None for handle, _ in optimizer._handles.values()):
             optimizer.synchronize()
 
