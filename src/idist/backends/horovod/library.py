@@ -224,8 +224,8 @@ def _serve(topology: Topology) -> Any:
 
 def _place(store: dist.Store, topology: Topology) -> dict[str, str]:
     """Where this rank stands. Its cross rank counts only the nodes that have a process with its local rank."""
-    store.set(f"place/{topology.rank}", f"{topology.node_rank} {topology.local_rank}")
-    places = [store.get(f"place/{rank}").decode().split() for rank in range(topology.world_size)]
+    store.set(f"horovod/{topology.rank}", f"{topology.node_rank} {topology.local_rank}")
+    places = [store.get(f"horovod/{rank}").decode().split() for rank in range(topology.world_size)]
     nodes = sorted(int(node) for node, local_rank in places if int(local_rank) == topology.local_rank)
     told = {
         "RANK": topology.rank,
