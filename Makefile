@@ -98,7 +98,7 @@ dist: $(VENV)-dist/.made ## make the wheel and the sdist, check both, run the RE
 	$(VENV)-dist/bin/python tools/check_dist.py
 
 test-gpu: ## run the tests that need a CUDA device, with the python3 and torch that are there
-	PYTHONPATH=$(CURDIR)/src python3 -m pytest -m gpu $(ARGS)
+	PYTHONPATH=$(CURDIR)/src python3 -m pytest -m gpu tests/gpu tests/auto/test_samplers.py tests/cli/test_check.py $(ARGS)
 
 clean: ## remove the environment and what the tools left
 	rm -rf $(VENV) $(VENV)-mpich $(VENV)-openmpi $(VENV)-horovod $(VENV)-xla $(VENV)-bench $(VENV)-docs \
