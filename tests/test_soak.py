@@ -162,7 +162,7 @@ def nothing(local_rank: int, *args: Any) -> int:
 
 
 @pytest.mark.timeout(LONGEST_S)
-@pytest.mark.parametrize("times", [4, pytest.param(100, marks=SOAK)])
+@pytest.mark.parametrize("times", [10, pytest.param(100, marks=SOAK)])
 def test_runs(times: int) -> None:
     """Also in the threads of this process."""
     warm_up = 1 + times // 10

@@ -284,17 +284,6 @@ def nothing(local_rank: int) -> None:
     return None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_hundred_runs_leave_nothing() -> None:
-    """No descriptor, no thread."""
-    for _ in range(3):  # what is made once
-        run(abs, nproc_per_node=1)
-    before = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), threading.active_count()
-    for _ in range(100):
-        run(abs, nproc_per_node=1)
-    assert (len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), threading.active_count()) == before
-
-
 def test_runs_at_the_same_time_do_not_meet() -> None:
     """KNOWN-FAILURES 19: there is no fixed port."""
     results: list[object] = []
