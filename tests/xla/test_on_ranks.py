@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,32 +14,20 @@ from xla import cpu_client
 pytestmark = pytest.mark.xla
 
 TESTS = Path(__file__).parents[1]
-DEADLINE_S = 600
+SUITES = {"conformance": 1250, "xla/ranks": 15}
+"""Folders, each with fewer tests than it has: so many have to pass on every rank."""
 
-# At four ranks the files where the number of ranks matters: groups, and what is derived from other primitives.
-CONFORMANCE_AT_4 = [f"conformance/test_{name}.py" for name in ("all_gather_uneven", "broadcast", "groups", "numbers")]
-SUITES = {
-    1: (["conformance", "xla/ranks"], {"IDIST_ATTACH": "xla-tpu", **cpu_client.VARIABLES}, 1250),
-    2: (["conformance", "xla/ranks"], {"IDIST_REPLICAS": "2", **cpu_client.environment(2)}, 1350),
-    4: ([*CONFORMANCE_AT_4, "xla/ranks"], {"IDIST_REPLICAS": "4", **cpu_client.environment(4)}, 300),
-}
-"""By the number of ranks: what runs, with which variables, and fewer tests than there are: so many have to pass."""
+DEADLINE_S = 600
 
 
 @pytest.mark.timeout(DEADLINE_S + 30)
-@pytest.mark.parametrize("size", SUITES)
-def test_every_test_passes_on_every_rank(size: int) -> None:
-    paths, variables, least = SUITES[size]
-    # One after the other: each folder has a world of its own.
-    passed = sum(run(path, variables) for path in paths)
-    assert passed > least
-
-
-def run(path: str, variables: Mapping[str, str]) -> int:
-    """How many tests of it passed; all have."""
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("folder", SUITES)
+def test_every_test_passes_on_every_rank(folder: str, size: int) -> None:
+    world = {"IDIST_ATTACH": "xla-tpu"} if size == 1 else {"IDIST_REPLICAS": str(size)}
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no", str(TESTS / path)],
-        env={**os.environ, **variables},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no", str(TESTS / folder)],
+        env=cpu_client.environment(size) | world,
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -49,4 +35,4 @@ def run(path: str, variables: Mapping[str, str]) -> int:
     )
     assert ended.returncode == 0, ended.stdout[-20000:] + ended.stderr[-5000:]
     (passed,) = re.findall(r"(\d+) passed", ended.stdout)
-    return int(passed)
+    assert int(passed) > SUITES[folder]
