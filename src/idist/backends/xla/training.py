@@ -65,9 +65,12 @@ class Feed:
     """
 
     def __init__(self, items: Iterable[Any], device: torch.device, run: Callable[[], None]) -> None:
+        from torch_xla.core import xla_model
+
         self._items = items
         self._device = device
         self._run = run
+        self._send = xla_model.send_cpu_data_to_device
 
     def __len__(self) -> int:
         return len(self._items)  # type: ignore[arg-type]  # raises TypeError, as of any loader without a length
@@ -88,4 +91,8 @@ class Feed:
         return tree_map(self._moved, next(items, _END))
 
     def _moved(self, value: Any) -> Any:
-        return value.to(self._device) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor) or value.device == self._device:
+            return value
+        # Not by to(): what the other thread runs meanwhile would take in a tensor that is not filled yet.
+        [moved] = self._send([value.detach().as_subclass(Tensor)], self._device)
+        return moved
