@@ -125,6 +125,9 @@ def _reduce_after_backward(hvd: Any, optimizer: Any, timeout: timedelta) -> None
         return value
 
     def zero_grad(self: Any, set_to_none: bool = True) -> None:
+        under_way = [handle for handle, _ in self._handles.values() if isinstance(handle, int)]
+        if under_way:  # of a pass that raised; Horovod would refuse the same names again before these have ended
+            await_all(hvd, under_way, timeout)
         self._handles.clear()
         self.set_backward_passes_per_step(self.backward_passes_per_step)
         self._synchronized = False
