@@ -12,6 +12,13 @@ from pathlib import Path
 DOCS = Path(__file__).parents[1] / "docs"
 SECONDS = 150
 
+# Open MPI takes neither root nor more processes than cores without being told.
+OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",
+}
+
 # The prompt of one of several nodes, whose commands run at the same time.
 ON_NODE = re.compile(r"^\(node\d\)\$ (.*)$", re.MULTILINE)
 
@@ -73,7 +80,8 @@ def here(command: str) -> str:
 def run(command: str, folder: Path) -> tuple[list[str], str]:
     """The lines of standard output, and what came on standard error; with the programs of this environment."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"PATH": path}
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | OPEN_MPI
+    variables["PATH"] = path
     ended = subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
