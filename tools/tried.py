@@ -54,7 +54,12 @@ def read(report: Path) -> tuple[dict[str, Any], list[str]]:
     """When and with which versions a suite ran, and the tests that passed, as ``suite file name``."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None, f"{report} is no report of pytest"
-    versions = {item.get("name"): item.get("value") for item in suite.iter("property")}
+    # Hypothesis leaves statistics beside the versions.
+    versions = {
+        item.get("name"): item.get("value")
+        for item in suite.iter("property")
+        if not str(item.get("name")).startswith("hypothesis-")
+    }
     passed = [
         f"{report.stem} {case.get('classname')} {case.get('name')}"
         for case in suite.iter("testcase")
