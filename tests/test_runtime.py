@@ -1,6 +1,7 @@
 """initialize, finalize, sync, and the process groups that users make themselves."""
 
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -403,6 +404,33 @@ def test_what_outlives_its_context_hinders_no_other() -> None:
     port, times = free_port(), 3
     results = run_ranks(_with_models_that_stay, 2, times, env=lambda rank: torchrun(rank, "aa", port), timeout=50)
     assert results == [[True] * times] * 2
+
+
+ENDS_RIGHT_AFTER_ITS_LAST_COLLECTIVE = """
+import atexit, os, threading
+import torch.distributed as dist
+
+import idist
+
+def give_back() -> None:
+    over.wait()
+    os.write(1, b"given back")
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+held = dist.group.WORLD
+assert idist.get_world_size() == 1 and idist.backend() == "gloo"
+over = threading.Event()
+threading.Thread(target=give_back, daemon=True).start()
+dist.destroy_process_group()
+atexit.register(over.set)
+"""
+
+
+def test_a_thread_that_asks_for_pythons_lock_at_the_end_gets_it() -> None:
+    """As gloo's do, which abort the process else; the thread here stands for them."""
+    run = [sys.executable, "-c", ENDS_RIGHT_AFTER_ITS_LAST_COLLECTIVE]
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "given back"), ended.stderr
 
 
 # Verification

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import gc
 import hashlib
 import logging
 import os
@@ -159,7 +158,6 @@ _context.world = None
 _of_threads: dict[int, Context] = {}
 """The contexts of ranks that are threads, by the thread. Mostly empty, which is asked faster than a threading.local."""
 _local_rank_hint: int | None = None
-_has_started = False
 
 at_end: list[Callable[[], None]] = []
 """What :func:`finalize` calls once, whichever context it then ends."""
@@ -254,13 +252,12 @@ def start(
     Raises:
         ConfigError, LaunchError: as :func:`initialize`; then nothing was started.
     """
-    global _context, _has_started
+    global _context
     context = current()
     if not isinstance(context.backend, Serial):
         whose = "idist.finalize() ends it" if context.owned else "you made it: use it as it is, or destroy it first"
         raise ConfigError(f"a {context.backend.name} context with {context.world_size} ranks exists already; {whose}")
     warn_after = _warn_after_by_default() if warn_after is None else warn_seconds(warn_after)
-    _has_started = True
     if topology.world_size > 1:
         failures.show_causes_first()
     try:
@@ -299,10 +296,6 @@ def finalize() -> None:
 def _at_exit() -> None:
     if _context.process == os.getpid():  # not in a forked process, whose parent goes on with it
         finalize()
-        if _has_started:
-            # A sharded model is full of cycles, and holds the process group: while it waits for the collector, so
-            # do the group's threads. One exit in fifteen was aborted.
-            gc.collect()
 
 
 def explain(error: BaseException) -> None:

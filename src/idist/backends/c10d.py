@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import ipaddress
 import json
 import os
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -67,6 +70,26 @@ _USUAL_FLIGHT_RECORDS = "~/.cache/torch/comm_lib_trace_rank_"
 
 _NOT_BACKENDS = frozenset({"undefined", "fake", "mpi4py"})  # the last is ours, under another name
 
+_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+"""Those that somebody holds, as a model of DistributedDataParallel does its own."""
+
+_GIVE_WAY_S = 0.05
+
+
+# Registered before that of the runtime, and so called after it: what idist has started has ended then.
+@atexit.register
+def _give_way() -> None:
+    """Let the threads of groups that outlive their context come to rest before the interpreter ends.
+
+    What a collective held is given back by the thread that has done it, a moment after the rank goes on, and for that
+    it needs Python's lock. Where it asks for it while the interpreter ends, the process is aborted: one exit in ten
+    of a script that ends right after its last collective (torch 2.13, gloo, two ranks, a busy machine).
+    """
+    if _groups:
+        gc.collect()  # a sharded model is full of cycles
+    if _groups:
+        time.sleep(_GIVE_WAY_S)
+
 
 class C10d(Backend):
     """A torch process group, ours or one that the user made.
@@ -122,6 +145,7 @@ class C10d(Backend):
         backend._device = backend._current_device()
         backend.timeout = _timeout_of(world, backend._device)
         backend._started_ns = time.time_ns()
+        _groups.add(world)
         backend._one_node = _meets_on_loopback(dist.distributed_c10d._get_default_store())
         return backend
 
@@ -171,6 +195,7 @@ class C10d(Backend):
         self.rank, self.world_size = topology.rank, topology.world_size
         self.timeout = timeout
         self._started_ns = time.time_ns()
+        _groups.add(self.world())
         return topology
 
     def stop(self) -> None:
@@ -242,7 +267,9 @@ class C10d(Backend):
             return GroupMember.NON_GROUP_MEMBER
         # Members only: a rank that has no part in the group need not take part in making it.
         with _names_groups(_next_name(ranks, self.rank)):
-            return dist.new_group(list(ranks), use_local_synchronization=True, **options)
+            group = dist.new_group(list(ranks), use_local_synchronization=True, **options)
+        _groups.add(group)
+        return group
 
     def world(self) -> Any:
         return GroupMember.WORLD
