@@ -154,14 +154,28 @@ def is_elsewhere(rank: int) -> Any:
     return idist.all_gather("a string")
 
 
-def is_stopped(rank: int) -> Any:
-    if rank == 1:
+def is_stopped(rank: int, which: int = 1) -> Any:
+    if rank == which:
         time.sleep(0.5)  # until it has asked the store, and told the number of its process
         stopped = os.getpid()
         waker = subprocess.Popen([sys.executable, "-c", WAKE, str(stopped), str(LATE_S)])
         os.kill(stopped, signal.SIGSTOP)
         waker.wait()
     return idist.all_reduce(torch.ones(2, 3))
+
+
+def server_is_stopped(rank: int) -> Any:
+    return is_stopped(rank, 0)
+
+
+def server_is_gone(rank: int) -> Any:
+    group = idist.new_group([1, 2])
+    idist.barrier()
+    if rank == 0:
+        return None
+    if rank == 1:
+        time.sleep(LATE_S)
+    return idist.all_reduce(torch.ones(2, 3), group=group)
 
 
 WAKE = "import os, signal, sys, time; time.sleep(float(sys.argv[2])); os.kill(int(sys.argv[1]), signal.SIGCONT)"
@@ -186,6 +200,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "sleeps": sleeps,
     "elsewhere": is_elsewhere,
     "stopped": is_stopped,
+    "server stopped": server_is_stopped,
+    "server gone": server_is_gone,
     "backward": goes_back,
     "torch": talks_to_torch,
 }
@@ -197,13 +213,18 @@ def reports(ended: Ended) -> list[str]:
     return re.findall(r"^idist: .*?$(?:\n  .*?$)*", printed, re.MULTILINE)
 
 
-def hang(case: str) -> tuple[str, list[Ended]]:
-    """The report, and how all ranks ended; rank 0 prints it, once, and whoever waited has it in its error."""
+def end(case: str) -> list[Ended]:
+    """Rank 0 serves the store."""
     port = free_port()
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    ended = end_ranks(
+    return end_ranks(
         job, 3, case, env=lambda rank: dict(zip(names, (rank, rank, 3, 3, LOOPBACK, port), strict=True)), timeout=30
     )
+
+
+def hang(case: str) -> tuple[str, list[Ended]]:
+    """The report, and how all ranks ended; rank 0 prints it, once, and whoever waited has it in its error."""
+    ended = end(case)
     (report,) = reports(ended[0])
     assert [reports(each) for each in ended[1:]] == [[], []]
     return report, ended
@@ -248,6 +269,23 @@ def test_a_rank_is_stopped() -> None:
     assert "ranks 0, 2: all_reduce of float32 2x3" in report
     assert re.search(r"No answer:\n    rank 1 \(process \d+ on .*\): does not answer since \d\d:\d\d:\d\d", report)
     in_error(report, ended[0])
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks", "why"),
+    [
+        ("server stopped", (1, 2), "the store of the job does not answer; "),
+        ("server gone", (2,), "there is no store to ask them by, "),
+    ],
+)
+def test_who_serves_the_store_cannot_be_asked(case: str, ranks: tuple[int, ...], why: str) -> None:
+    """Each that waits then tells what it knows of itself."""
+    ended = end(case)
+    for rank in ranks:
+        (report,) = reports(ended[rank])
+        assert re.match(rf"idist: rank {rank} of 3 waits, for \d s now; the others cannot be asked: {why}", report)
+        assert f"    rank {rank}: all_reduce of float32 2x3" in report
+        in_error(report, ended[rank])
 
 
 # Ranks that are threads

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from idist import rendezvous
 from idist.backends.base import Backend, Pending
-from idist.watch.report import Statement, render
+from idist.watch.report import Statement, render, render_alone
 from idist.watch.stacks import Place, footprint, place_of
 
 __all__ = ["Watch"]
@@ -94,12 +94,12 @@ class Watch:
         while not self._ended.wait(self._pause) and self._concerns():
             self._look()
             self._talk()
+            self._looked = time.monotonic()  # a store that does not answer takes its time
 
     def _look(self) -> None:
         now = time.monotonic()
         seen, begun = footprint(self._rank_thread), self._backend.begun()
         slept = now - self._looked > self._warn_after / 2  # a process that was stopped has not waited
-        self._looked = now
         if begun != self._begun or slept:
             self._begun, self._idle_since, self._report = begun, now, ""
         elif seen == self._footprint:
@@ -234,8 +234,7 @@ class Watch:
         if self._told or self._waits(self._warn_after) is None:
             return
         self._told = True
-        report = render([self._statement()], 1, {}, self._backend.traces_of_a_hang())
-        report += f"\n  The other ranks cannot be asked: {why}."
+        report = render_alone(self._statement(), self._backend.world_size, why, self._backend.traces_of_a_hang())
         self._print(report)
         self._keep(report)
 

@@ -78,6 +78,13 @@ def render(statements: Sequence[Statement], world_size: int, processes: Mapping[
     return "\n".join([*parts, *([hint] if hint else [])])
 
 
+def render_alone(statement: Statement, world_size: int, why: str, hint: str) -> str:
+    """The report of one rank, which waits, where the others cannot be asked."""
+    told = f"idist: rank {statement.rank} of {world_size} waits, for {_seconds(statement.seconds)} now"
+    told += f"; the others cannot be asked: {why}."
+    return "\n".join([told, _waiting([statement]), *([hint] if hint else [])])
+
+
 def _headline(waiting: Sequence[Statement], late: Sequence[Statement], silent: Sequence[int], world_size: int) -> str:
     longest = max(each.seconds for each in waiting)
     told = [f"{len(waiting)} of {world_size} ranks wait, for {_seconds(longest)} now"]
