@@ -207,13 +207,13 @@ _FOUND = {
 
 
 def is_sample(cell: Cell) -> bool:
-    """Whether it is one of those that run every time: of each launcher nearly every kind, and every moment."""
+    """Whether it is one of those that run every time: of each launcher every other kind, at every moment."""
     if cell in _FOUND:
         return True
     if cell.kind == "SIGSTOP":  # where it takes least; torchrun takes half a minute to end a stopped process
         return cell.moment == "inside a collective" and cell.launcher != "torchrun"
-    kind = [kind.name for kind in KINDS].index(cell.kind)
-    return MOMENTS.index(cell.moment) == (kind + LAUNCHERS.index(cell.launcher)) % len(MOMENTS)
+    turn = [kind.name for kind in KINDS].index(cell.kind) + LAUNCHERS.index(cell.launcher)
+    return turn % 2 == 0 and MOMENTS.index(cell.moment) == turn % len(MOMENTS)
 
 
 def known(cell: Cell, *, busy: bool) -> set[str]:

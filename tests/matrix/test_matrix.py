@@ -51,11 +51,11 @@ def test_the_job_ends_as_it_should(cell: Cell, tmp_path: Path) -> None:
 
 
 def test_the_samples_are_of_every_kind_and_of_every_moment() -> None:
+    samples = [cell for cell in cells() if is_sample(cell)]
     for launcher in LAUNCHERS:
-        samples = [cell for cell in cells() if cell.launcher == launcher and is_sample(cell)]
-        left_out = {"SIGSTOP"} if launcher == "torchrun" else set()
-        assert {cell.kind for cell in samples} == {kind.name for kind in KINDS} - left_out
-        assert {cell.moment for cell in samples} == set(MOMENTS)
+        assert {cell.moment for cell in samples if cell.launcher == launcher} == set(MOMENTS)
+    for kind in KINDS:
+        assert len({cell.launcher for cell in samples if cell.kind == kind.name}) >= len(LAUNCHERS) / 2
 
 
 def test_every_fact_is_of_some_cell() -> None:
