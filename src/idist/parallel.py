@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +120,7 @@ class Parallel:
                 "run works inside the with block: `with idist.Parallel(...) as parallel: parallel.run(...)`"
             )
         if self._job is None:
-            _check_callable(fn)
+            _check_callable(fn, args, kwargs)
             return [fn(runtime.get_local_rank(), *args, **kwargs)]
         return _launch(self._job, fn, args, kwargs)
 
@@ -193,7 +194,7 @@ def _plan(backend: str | None, nproc_per_node: int, **kwargs: Any) -> launchers.
 
 
 def _launch(job: launchers.Job, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    _check_callable(fn)
+    _check_callable(fn, args, kwargs)
     return launchers.launch(job, fn, args, kwargs, dict(os.environ))
 
 
@@ -210,7 +211,9 @@ def _attaching(
         if init_method is not None:
             raise ConfigError(f"backend=None means not distributed, but init_method={init_method!r} was given")
     else:
-        backends.create(backend)
+        own = inspect.signature(runtime.initialize).parameters
+        others = {name: value for name, value in spawn_kwargs.items() if name not in own}
+        launchers.refuse_unknown(others, backends.create(backend))
     starting = ("start_method", "daemon", "join")
     options = {name: value for name, value in spawn_kwargs.items() if name not in starting}
     return options if init_method is None else {**options, "init_method": init_method}
@@ -232,6 +235,26 @@ def _attach(backend: str | None, options: Mapping[str, Any]) -> bool:
     return False
 
 
-def _check_callable(fn: object) -> None:
+def _check_callable(fn: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Whether it takes what it will get is seen here, where the call stands, and not in every process."""
     if not callable(fn):
         raise ConfigError(f"run expects a function, called as fn(local_rank, *args, **kwargs); got {fn!r}")
+    try:
+        signature = inspect.signature(fn, follow_wrapped=False)
+    except (TypeError, ValueError):  # of C, for one
+        return
+    try:
+        signature.bind(0, *args, **kwargs)
+    except TypeError as error:
+        name = getattr(fn, "__qualname__", repr(fn))
+        given = ", ".join(["local_rank", *map(_short, args), *(f"{key}={_short(kwargs[key])}" for key in kwargs)])
+        raise ConfigError(
+            f"the function is {name}{signature}, and would be called as {name}({given}): {error}. "
+            "Its first argument is the local rank, the others are those of the call."
+        ) from None
+
+
+def _short(value: object) -> str:
+    """It may be a model."""
+    shown = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."

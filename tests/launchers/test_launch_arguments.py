@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from datetime import timedelta
 from typing import Any
@@ -76,6 +77,8 @@ def test_wrong_argument(arguments: dict[str, Any], says: str) -> None:
         ({"nnodes": 2}, "nnodes without nproc_per_node"),
         ({"master_addr": "a", "master_port": 1}, "master_addr, master_port without nproc_per_node"),
         ({"backend": "glo"}, "backend 'glo' is unknown"),
+        ({"nprocs_per_node": 2}, "unknown argument 'nprocs_per_node'.* Did you mean 'nproc_per_node'"),
+        ({"timeuot": 1}, "unknown argument 'timeuot'.* Did you mean 'timeout'"),
         ({"backend": None, "init_method": "file:///x"}, "backend=None means not distributed, but init_method"),
     ],
 )
@@ -115,6 +118,36 @@ def test_not_a_function(fn: Any) -> None:
     for parallel in (idist.Parallel(), idist.Parallel("gloo", nproc_per_node=1)):
         with parallel, pytest.raises(idist.ConfigError, match="run expects a function"):
             parallel.run(fn)
+
+
+def without_a_rank(epochs: int) -> int:
+    return epochs
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "says"),
+    [
+        ((50,), {}, r"called as without_a_rank\(local_rank, 50\): too many positional arguments"),
+        ((), {"epoch": 50}, r"called as without_a_rank\(local_rank, epoch=50\): got an unexpected keyword"),
+        (({},), {}, r"called as without_a_rank\(local_rank, dict\): .* Its first argument is the local rank"),
+    ],
+)
+def test_a_function_that_takes_something_else(args: tuple[Any, ...], kwargs: dict[str, Any], says: str) -> None:
+    with pytest.raises(idist.ConfigError, match=says):
+        idist.spawn("gloo", without_a_rank, args, kwargs)
+    with idist.Parallel() as parallel:
+        with pytest.raises(idist.ConfigError, match=says):
+            parallel.run(without_a_rank, *args, **kwargs)
+        assert parallel.run(without_a_rank) == [0]
+
+
+def test_a_decorator_may_give_more() -> None:
+    @functools.wraps(without_a_rank)
+    def wrapper(local_rank: int, *args: int) -> int:
+        return without_a_rank(*args)
+
+    with idist.Parallel() as parallel:
+        assert parallel.run(wrapper, 50) == [50]
 
 
 def test_wrong_containers_of_arguments() -> None:

@@ -280,7 +280,7 @@ def test_only_the_loopback_interface_listens() -> None:
         assert all(ipaddress.ip_address(address).is_loopback for address in found)
 
 
-def nothing(local_rank: int) -> None:
+def nothing(local_rank: int, *args: object) -> None:
     return None
 
 

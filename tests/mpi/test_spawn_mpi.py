@@ -134,7 +134,7 @@ def test_a_clean_exit_is_a_return_of_nothing() -> None:
     assert run(leaves, 0) == [None, 1]
 
 
-def nothing(local_rank: int) -> None:
+def nothing(local_rank: int, *args: object) -> None:
     return None
 
 

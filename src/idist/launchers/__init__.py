@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from idist.launchers import spawn
-from idist.launchers.job import Job, plan
+from idist.launchers.job import Job, plan, refuse_unknown
 
-__all__ = ["Job", "launch", "plan"]
+__all__ = ["Job", "launch", "plan", "refuse_unknown"]
 
 
 def launch(

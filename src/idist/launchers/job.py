@@ -127,7 +127,7 @@ def plan(
         raise ConfigError(f"start_method {start_method!r} is unknown; expected one of {', '.join(START_METHODS)}")
     if join is not True:
         raise ConfigError("join=False is not supported: run returns what the function returned; call it in a thread")
-    _refuse_unknown(options, found)
+    refuse_unknown(options, found)
     warned = None if warn_after is None else warn_seconds(warn_after)
     given = {
         "timeout": seconds(timeout),
@@ -254,8 +254,12 @@ def _parsed_address(init_method: Any) -> _Address:
     return _Address(host, _port(port))
 
 
-def _refuse_unknown(options: Mapping[str, Any], backend: Backend) -> None:
-    """A backend names its options as parameters of ``start``: what it does not name, it would refuse anyway."""
+def refuse_unknown(options: Mapping[str, Any], backend: Backend) -> None:
+    """A backend names its options as parameters of ``start``: what it does not name, it would refuse anyway.
+
+    Raises:
+        UnknownArgument: neither it nor :class:`idist.Parallel` knows one of them.
+    """
     parameters = inspect.signature(backend.start).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
     ours = inspect.signature(plan).parameters
