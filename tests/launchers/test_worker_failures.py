@@ -108,6 +108,7 @@ HOW: dict[str, Callable[[], object]] = {
     "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "SIGSEGV": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "SIGABRT": lambda: os.kill(os.getpid(), signal.SIGABRT),
     "SIGINT": lambda: os.kill(os.getpid(), signal.SIGINT),
 }
 
@@ -127,6 +128,7 @@ HOW: dict[str, Callable[[], object]] = {
         ("SIGKILL", -9, "signal 9 (SIGKILL)"),
         ("SIGTERM", -15, "signal 15 (SIGTERM)"),
         ("SIGSEGV", -11, "signal 11 (SIGSEGV)"),
+        ("SIGABRT", -6, "signal 6 (SIGABRT). A library ended it, and says above why."),
         ("SIGINT", None, "KeyboardInterrupt"),
     ],
 )
@@ -159,6 +161,18 @@ def test_a_consequence_is_not_the_first_failure() -> None:
     with pytest.raises(idist.WorkerFailed, match="the cause") as caught:
         run(leader_fails)
     assert caught.value.rank == 1
+
+
+def only_rank_0(local_rank: int) -> None:
+    if local_rank == 0:
+        idist.all_reduce(1.0)
+
+
+def test_a_call_that_only_one_rank_makes() -> None:
+    with pytest.raises(idist.WorkerFailed, match="all_reduce") as caught:
+        run(only_rank_0, nproc_per_node=3)
+    assert caught.value.rank == 0
+    assert "No other rank had failed, but ranks 1, 2 had returned." in caught.value.details
 
 
 def one_after_the_other(local_rank: int) -> None:

@@ -110,10 +110,22 @@ class Crew:
                     failure = next(iter(failures), failure)
                 deadline = min(deadline, time.monotonic() + SETTLE_S)
                 if failure.is_cause or time.monotonic() >= deadline or all(m.settled for m in self._members):
-                    raise failure.error
+                    raise self._told(failure)
             elif all(member.ended for member in self._members):
                 return [member.value() for member in self._members]
             self._wait(min(POLL_S, max(0.0, deadline - time.monotonic())))
+
+    def _told(self, failure: _Failure) -> IdistError:
+        """With what explains it where no other rank failed: one was done, and had closed its connections."""
+        error = failure.error
+        done = [str(member.rank) for member in self._members if member.returned]
+        if not (failure.consequence and done and isinstance(error, WorkerFailed)):
+            return error
+        hint = (
+            f"\n\nNo other rank had failed, but rank{'s' * (len(done) > 1)} {', '.join(done)} had returned. "
+            "Look for a call that only some ranks make, as under `if rank == 0:`: all have to make it."
+        )
+        return WorkerFailed(error.rank, error.exitcode, error.details + hint)
 
     def __enter__(self) -> Self:
         return self
@@ -226,6 +238,11 @@ class _Member:
         """Whether nothing more is to be learned from it."""
         return self.ended or self._outcome is not None
 
+    @property
+    def returned(self) -> bool:
+        """Whether its function has, and the rank has left the others."""
+        return isinstance(self._outcome, Returned)
+
     def awaited(self) -> Iterator[tuple[int, int]]:
         """The descriptors that tell of news, each with what to wait for."""
         if self._hears:
@@ -335,4 +352,9 @@ class _Member:
             details += " It had not got as far as calling the function; what it printed above may tell why."
         elif exitcode == -signal.SIGKILL:
             details += " When memory runs out, the kernel kills so: see `dmesg`."
+        elif exitcode == -signal.SIGABRT:
+            details += (
+                " A library ended it, and says above why. One that moves tensors may do so where the ranks' tensors"
+                " differ in size: IDIST_VERIFY=1 makes that an error that names the ranks."
+            )
         return WorkerFailed(self.rank, exitcode, details)
