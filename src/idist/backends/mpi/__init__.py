@@ -17,7 +17,7 @@ from idist.rendezvous import DEFAULT_TIMEOUT
 from idist.topology import Topology
 
 _NAME = "mpi"
-_INSTALL = "`pip install idist[mpi] mpich` brings a whole MPI; `pip install idist[mpi]` is enough where there is one."
+_INSTALL = "`pip install 'idist[mpi]' mpich` brings a whole MPI; without mpich it uses the one that is there."
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
