@@ -151,9 +151,39 @@ def test_the_workers_of_a_loader_outlive_a_warning_to_all_processes(name: str) -
 
 
 def test_a_worker_that_is_told_twice_ends() -> None:
-    code = "import os, signal; from idist.preemption import let_one_pass; let_one_pass()\n"
+    code = "import os, signal; from idist.preemption import end_is_near, let_one_pass; let_one_pass(end_is_near())\n"
     code += "os.kill(0, signal.SIGTERM); print('alive', flush=True); os.kill(0, signal.SIGTERM); print('still')"
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, start_new_session=True
     )
     assert (ended.stdout, ended.returncode) == ("alive\n", -signal.SIGTERM), ended.stderr
+
+
+ENDS_WITH_WORKERS = """
+import multiprocessing, sys, torch, idist
+
+stay = sys.argv[1] != "a pass"
+loader = idist.auto_dataloader(torch.arange(40), batch_size=4, num_workers=2, persistent_workers=stay)
+
+def begin():
+    global passing
+    if sys.argv[1] == "in a cycle":
+        loader.itself = loader
+    passing = iter(loader)
+    next(passing)
+
+if sys.argv[1] == "of a child":
+    child = multiprocessing.get_context("fork").Process(target=begin)
+    child.start()
+    child.join()
+else:
+    begin()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("which", ["persistent", "a pass", "in a cycle", "of a child"])
+def test_a_process_ends_while_a_loader_has_workers(which: str) -> None:
+    """They are told to end by one signal, and waited for: it must not be passed over."""
+    ended = subprocess.run([sys.executable, "-c", ENDS_WITH_WORKERS, which], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any
 
@@ -66,16 +69,33 @@ class _Ear:
 _ear = _Ear()
 
 
-def let_one_pass() -> None:
+def end_is_near() -> Connection:
+    """What :func:`let_one_pass` takes; to be called in the process that has the helpers, which it tells of its end."""
+    global _tells_of_the_end_of
+    if _tells_of_the_end_of is None or _tells_of_the_end_of[0] != os.getpid():
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        # Called, at the end of every process of Python, just before daemons like the workers of a loader are told to
+        # end, by one signal, and are waited for, for ever. https://docs.python.org/3/library/multiprocessing.html
+        Finalize(None, writer.send_bytes, (b"end",), exitpriority=0)
+        _tells_of_the_end_of = os.getpid(), reader
+    return _tells_of_the_end_of[1]
+
+
+_tells_of_the_end_of: tuple[int, Connection] | None = None
+
+
+def let_one_pass(end_is_near: Connection) -> None:
     """In a helper of a process that trains, a worker of its loader: a first signal ends the other alone, if any.
 
     Schedulers and torchrun tell all processes of a job, and a loader whose worker has been ended raises in the middle
-    of whatever the training process does, of saving for one. A second signal ends the worker: torch sends it two when
-    it has to, one when the loader is done with and one at the end of the interpreter.
+    of whatever the training process does, of saving for one. A second signal ends the worker, and so does the first
+    if the other is at its end.
     """
 
     def pass_over(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
+        if end_is_near.poll():
+            os._exit(0)  # of a worker that ends of a signal torch says so, with a traceback
 
     for number in _SIGNALS:
         signal.signal(number, pass_over)

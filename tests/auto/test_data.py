@@ -1,9 +1,11 @@
 """auto_dataloader: each rank's share of the data, of the batch and of the workers."""
 
 import copy
+import gc
 import itertools
 import logging
 import pickle
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -130,6 +132,21 @@ def test_batch_size_none(world_size: int) -> None:
     made = loaders(Numbers(60), world_size, batch_size=None)
     assert {loader.batch_size for loader in made} == {None}
     assert sorted(i for loader in made for i in loader) == list(range(60))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["alone", "workers"])
+@pytest.mark.parametrize("kind", [Numbers, Stream])
+def test_a_loader_ends_with_its_last_reference(kind: type[Any], options: dict[str, Any]) -> None:
+    """Not when the collector comes: then torch waits 5 s for each worker."""
+    gc.disable()
+    try:
+        loader = auto_dataloader(kind(40), batch_size=8, **options, **({"shard": True} if kind is Stream else {}))
+        next(iter(loader))
+        gone = weakref.ref(loader)
+        del loader
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
@@ -507,9 +524,9 @@ def test_prefetch_to_device_gives_batches_on_the_device() -> None:
     data = [{"x": torch.ones(2), "name": "a"} for _ in range(5)]
     with at(0, 1, backend=OnMeta()):
         plain, fed = auto_dataloader(data, batch_size=2), auto_dataloader(data, batch_size=2, prefetch_to_device=True)
-    assert len(plain) == len(fed) == 3
-    assert {batch["x"].device.type for batch in plain} == {"cpu"}
-    batches = list(fed)
+        assert len(plain) == len(fed) == 3
+        assert {batch["x"].device.type for batch in plain} == {"cpu"}
+        batches = list(fed)
     assert [(batch["x"].device.type, tuple(batch["x"].shape)) for batch in batches] == [
         ("meta", (2, 2)),
         ("meta", (2, 2)),

@@ -24,7 +24,6 @@ from idist.auto.loader import AsItIs, Loader
 from idist.auto.prefetch import OnDevice
 from idist.auto.samplers import DistributedProxySampler, ShardSampler, Sharing, number_of_steps, share_of
 from idist.errors import ConfigError, UnknownArgument, did_you_mean
-from idist.runtime import Context
 
 __all__ = ["ShardedIterable", "auto_dataloader"]
 
@@ -136,7 +135,7 @@ def auto_dataloader(
     loader = Loader(
         dataset if not isinstance(shared, SteppedIterable) else shared,
         shared=shared,
-        fed_by=lambda batches: _feed(context, batches, prefetch_to_device),
+        fed_by=partial(_feed, prefetch_to_device),
         facts=partial(_facts, plan=plan),
         **options,
     )
@@ -146,10 +145,11 @@ def auto_dataloader(
     return loader
 
 
-def _feed(context: Context, batches: Iterable[Any], prefetch: bool) -> Iterable[Any]:
+def _feed(prefetch: bool, batches: Iterable[Any]) -> Iterable[Any]:
     """What brings batches to the device: the backend's own, else ours where it is asked for."""
-    fed = context.backend.wrap_loader(batches)
-    device = context.backend.device()
+    backend = runtime.current().backend
+    fed = backend.wrap_loader(batches)
+    device = backend.device()
     if prefetch and fed is batches and device.type != "cpu":
         return OnDevice(batches, device)
     return fed

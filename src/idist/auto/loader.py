@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -52,8 +53,6 @@ class Loader(DataLoader[Any]):
     ) -> None:
         if isinstance(shared, SteppedIterable):
             options["collate_fn"] = _stepwise(options)
-        if options.get("num_workers"):
-            options["worker_init_fn"] = partial(_begin_worker, options.get("worker_init_fn"))
         super().__init__(dataset, **options)
         if isinstance(shared, AsItIs) and shared.source is None:
             shared.source = self.sampler
@@ -68,11 +67,13 @@ class Loader(DataLoader[Any]):
             shared.advances = False  # the passes are counted here
             if shared is self.sampler and self.batch_sampler is not None:
                 object.__setattr__(self, "batch_sampler", _Steps(shared, self.batch_size, self.drop_last))
-        self._fed = fed_by(_Pairs(self))
+        self._fed_by = fed_by
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises a class of its own
         passing = self._latest = _Passing(self._shared.epoch, self._shared.start, _generator_state(self._shared))
-        return self._one_pass(iter(self._fed), passing)
+        # Made for one pass: held, it would hold this loader, whose workers then end late or not at all. They end in
+        # order when the last reference goes.
+        return self._one_pass(iter(self._fed_by(_Pairs(self))), passing)
 
     def __len__(self) -> int:
         """Batches of this rank in a whole pass.
@@ -166,14 +167,25 @@ class Loader(DataLoader[Any]):
         (To set torch's own generator back would do, but for two threads at once: that hangs in torch 2.13.)
         """
         if start == 0 or self.generator is not None:
-            return super().__iter__()
+            return self._with_workers()
         place = f"{torch.initial_seed()} {self._shared.epoch} {start} {runtime.current().rank}"
         seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
         self.generator = torch.Generator().manual_seed(seed)
         try:
-            return super().__iter__()
+            return self._with_workers()
         finally:
             self.generator = None
+
+    def _with_workers(self) -> Iterator[Any]:
+        if not self.num_workers:
+            return super().__iter__()
+        begin = self.worker_init_fn
+        # In this process, which may be a copy of the one that has made the loader.
+        self.worker_init_fn = partial(_begin_worker, begin, preemption.end_is_near())
+        try:
+            return super().__iter__()
+        finally:
+            self.worker_init_fn = begin
 
     def _one_pass(self, fed: Iterator[Any], passing: _Passing) -> Iterator[Any]:
         for batch, after in fed:
@@ -283,8 +295,8 @@ def _stepwise(options: dict[str, Any]) -> Stepwise:
     return Stepwise(options.get("collate_fn") or (default_collate if batched else default_convert), batched=batched)
 
 
-def _begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
-    preemption.let_one_pass()
+def _begin_worker(begin: Callable[[int], object] | None, end_is_near: Connection, number: int) -> None:
+    preemption.let_one_pass(end_is_near)
     if begin is not None:
         begin(number)
 
