@@ -125,7 +125,8 @@ def clear_errors(hvd: Any) -> Iterator[None]:
         if said.startswith("Mismatched"):
             raise CollectiveMismatch(said) from error
         raise PeerFailed(
-            f"another rank failed or ended while this one waited for it, and Horovod with it: {said}"
+            "another rank failed, ended, or, as one that is stopped, did not answer in time; Horovod has told on "
+            f"standard error what it has seen of it: {said}"
         ) from error
 
 
