@@ -41,7 +41,7 @@ def versions(record_testsuite_property: Callable[[str, object], None]) -> None:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
-    before, environ = children(), variables()
+    before, environ = processes(), variables()
     yield
     leaks = []
     if idist.backend() is not None or idist.get_local_rank() != 0:
@@ -67,29 +67,33 @@ def variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 
 
-def outliving(before: dict[int, str]) -> dict[int, str]:
-    """The processes that are there still after a grace time and were not there before."""
+def outliving(before: set[int]) -> dict[int, str]:
+    """The processes that are there still after a grace time and were not there before, with their commands."""
     multiprocessing.active_children()  # reaps those that have ended
     deadline = time.monotonic() + GRACE_S
-    while new := {pid: command for pid, command in children().items() if pid not in before}:
+    while new := ours(processes() - before):
         if time.monotonic() > deadline:
             return new
         time.sleep(0.05)
     return {}
 
 
-def children() -> dict[int, str]:
-    """Every process that bears our mark, with its command; on Linux only. Not Python's own helpers."""
+def processes() -> set[int]:
+    """All that there are; on Linux only."""
+    return {int(name) for name in os.listdir("/proc") if name.isdecimal()} if Path("/proc").exists() else set()
+
+
+def ours(pids: set[int]) -> dict[int, str]:
+    """Those that bear our mark, with their commands. Not Python's own helpers."""
     mark = f"{MARK}={os.environ[MARK]}".encode()
     helpers = {
-        os.getpid(),
         forkserver._forkserver._forkserver_pid,  # type: ignore[attr-defined]
         resource_tracker._resource_tracker._pid,  # type: ignore[attr-defined]
     }
     found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        pid = int(process.name)
+    for pid in pids - helpers:
+        process = Path("/proc", str(pid))
         with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours to read
-            if pid not in helpers and mark in (process / "environ").read_bytes().split(b"\0"):
+            if mark in (process / "environ").read_bytes().split(b"\0"):
                 found[pid] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return found

@@ -138,8 +138,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_whose_ranks_are_killed_ends_as_one_whose_are_not(whole: Path, tmp_path: Path) -> None:
-    """At any step: at the first, right after a checkpoint, right before one, at one between, at the last."""
-    killed = sorted({1, 4, 6, random.Random(3).randrange(7, STEPS), STEPS})
+    """At the first step, right after a checkpoint or right before one, and at the last."""
+    killed = [1, random.Random(3).choice([4, 6]), STEPS]
     train(tmp_path, 2, every=3, dies=killed)
     assert len(list(tmp_path.glob("died *"))) == len(killed)
     assert ends(tmp_path) == ends(whole)
