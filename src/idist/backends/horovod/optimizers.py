@@ -110,8 +110,7 @@ def _reduce_after_backward(hvd: Any, optimizer: Any, timeout: timedelta) -> None
 
     def synchronize(self: Any) -> None:
         if not self._synchronized:
-            with clear_errors(hvd):
-                _launch(self)
+            _launch(self)
             await_all(hvd, [handle for handle, _ in self._handles.values() if isinstance(handle, int)], timeout)
             with clear_errors(hvd):
                 reduce(self)
@@ -156,6 +155,8 @@ def _reduce_after_backward(hvd: Any, optimizer: Any, timeout: timedelta) -> None
 
     step.hooked = True  # type: ignore[attr-defined] # torch would call the hooks of a step once more
     made.synchronize, made.step, made.zero_grad, made.add_param_group = synchronize, step, zero_grad, add_param_group
+    for name in {"_allreduce_grad_async", "_grouped_allreduce_grad_async"} & set(dir(made)):  # called in backward()
+        setattr(made, name, clear_errors(hvd)(getattr(made, name)))
     for parameter in optimizer._requires_update:
         parameter.register_post_accumulate_grad_hook(after_gradient)
 
