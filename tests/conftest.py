@@ -25,6 +25,9 @@ def pytest_configure() -> None:
     # Every process that a test starts inherits the mark, also one that outlives its parent.
     os.environ[MARK] = f"{os.getpid()}-{time.monotonic_ns()}"
     os.environ["IDIST_VERIFY"] = "1"
+    # A shell that starts us in the background has us, and all that we start, ignore Ctrl-C, which tests press.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
