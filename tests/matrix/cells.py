@@ -182,6 +182,14 @@ FACTS = (
         "the ranks that wait know of the timeout, and not all libraries tell whom they waited for.",
     ),
     Fact(
+        (LATE, PROCESS_LEFT, FILE_LEFT),
+        "mpiexec of Open MPI",
+        "raise.*|out of memory|" + _EXITS + "|" + _SIGNALS,
+        "before init",
+        "where a process ends just while another connects to mpiexec, mpiexec of Open MPI ends the processes and may "
+        "then wait for ever, for nobody: end it by hand. In one of thirteen runs.",
+    ),
+    Fact(
         (EXIT_CODE_0,),
         "horovodrun",
         "Ctrl-C.*",
