@@ -160,7 +160,7 @@ def test_a_worker_that_is_told_twice_ends() -> None:
 
 
 ENDS_WITH_WORKERS = """
-import multiprocessing, sys, torch, idist
+import multiprocessing, sys, time, torch, idist
 
 stay = sys.argv[1] != "a pass"
 loader = idist.auto_dataloader(torch.arange(40), batch_size=4, num_workers=2, persistent_workers=stay)
@@ -171,6 +171,11 @@ def begin():
         loader.itself = loader
     passing = iter(loader)
     next(passing)
+    if sys.argv[1] == "told before":
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        time.sleep(0.5)
+        next(passing)
 
 if sys.argv[1] == "of a child":
     child = multiprocessing.get_context("fork").Process(target=begin)
@@ -182,7 +187,7 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("which", ["persistent", "a pass", "in a cycle", "of a child"])
+@pytest.mark.parametrize("which", ["persistent", "a pass", "in a cycle", "of a child", "told before"])
 def test_a_process_ends_while_a_loader_has_workers(which: str) -> None:
     """They are told to end by one signal, and waited for: it must not be passed over."""
     ended = subprocess.run([sys.executable, "-c", ENDS_WITH_WORKERS, which], capture_output=True, text=True, timeout=60)

@@ -91,11 +91,15 @@ def let_one_pass(end_is_near: Connection) -> None:
     of whatever the training process does, of saving for one. A second signal ends the worker, and so does the first
     if the other is at its end.
     """
+    passed: set[int] = set()
 
     def pass_over(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
         if end_is_near.poll():
             os._exit(0)  # of a worker that ends of a signal torch says so, with a traceback
+        if number in passed:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        passed.add(number)
 
     for number in _SIGNALS:
         signal.signal(number, pass_over)

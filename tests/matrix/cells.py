@@ -187,7 +187,7 @@ FACTS = (
         "raise.*|out of memory|" + _EXITS + "|" + _SIGNALS,
         "before init",
         "where a process ends just while another connects to mpiexec, mpiexec of Open MPI ends the processes and may "
-        "then wait for ever, for nobody: end it by hand. In one of thirteen runs.",
+        "then wait for ever, for nobody: end it by hand. In two of fourteen runs.",
     ),
     Fact(
         (EXIT_CODE_0,),
