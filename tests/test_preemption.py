@@ -150,6 +150,36 @@ def test_the_workers_of_a_loader_outlive_a_warning_to_all_processes(name: str) -
     assert ended.stdout.splitlines() == ["0", "1", "True True"], ended.stderr
 
 
+WITH_NEW_WORKERS = """
+import os, signal, sys, torch, idist
+
+class Dataset(torch.utils.data.Dataset):
+    def __init__(self): self.itself = Sends() if sys.argv[1] == "spawn" else None
+    def __len__(self): return 40
+    def __getitem__(self, i): return i
+
+def warn(): os.kill(os.getpid(), signal.SIGTERM)
+
+class Sends:
+    def __reduce__(self): return warn, ()
+
+if __name__ == "__main__":
+    if sys.argv[1] == "fork":
+        os.register_at_fork(after_in_child=warn)
+    loader = idist.auto_dataloader(Dataset(), batch_size=4, num_workers=2, multiprocessing_context=sys.argv[1])
+    print(torch.cat(list(loader)).tolist() == list(range(40)), signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_warning_that_comes_before_a_worker_is_ready(method: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(WITH_NEW_WORKERS)
+    command = [sys.executable, str(script), method]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
+    assert ended.stdout == "True set()\n", ended.stderr
+
+
 def test_a_worker_that_is_told_twice_ends() -> None:
     code = "import os, signal; from idist.preemption import end_is_near, let_one_pass; let_one_pass(end_is_near())\n"
     code += "os.kill(0, signal.SIGTERM); print('alive', flush=True); os.kill(0, signal.SIGTERM); print('still')"
@@ -170,7 +200,7 @@ def begin():
     if sys.argv[1] == "in a cycle":
         loader.itself = loader
     passing = iter(loader)
-    next(passing)
+    next(passing), next(passing)  # one of each worker
     if sys.argv[1] == "told before":
         for worker in multiprocessing.active_children():
             worker.terminate()

@@ -7,6 +7,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from types import FrameType
@@ -84,6 +87,24 @@ def end_is_near() -> Connection:
 _tells_of_the_end_of: tuple[int, Connection] | None = None
 
 
+@contextmanager
+def held_back(start_method: str) -> Iterator[None]:
+    """A helper that is started meanwhile hears of a signal when :func:`let_one_pass` has made it ready.
+
+    Not by a fork server, which may be started meanwhile itself: whatever it forks later would hear of none.
+    """
+    if start_method == "forkserver":
+        yield
+        return
+    if start_method == "spawn":
+        resource_tracker.ensure_running()  # it lets SIGTERM through when it is started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def let_one_pass(end_is_near: Connection) -> None:
     """In a helper of a process that trains, a worker of its loader: a first signal ends the other alone, if any.
 
@@ -103,6 +124,7 @@ def let_one_pass(end_is_near: Connection) -> None:
 
     for number in _SIGNALS:
         signal.signal(number, pass_over)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def should_stop() -> bool:

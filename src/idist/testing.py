@@ -151,6 +151,7 @@ class Threads(Backend):
     """A backend whose ranks are threads. It has the primitives that every backend must have, and no others."""
 
     model_name = "threads"
+    rank_is_thread = True
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

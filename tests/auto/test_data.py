@@ -288,6 +288,12 @@ def test_a_sampler_is_shared_out() -> None:
         assert results == [wanted[rank::world_size] for rank in range(world_size)]
 
 
+def test_a_rank_that_is_a_thread_does_not_draw_where_rank_0_draws_the_order() -> None:
+    before = torch.get_rng_state()
+    run_threads(lambda: samples(auto_dataloader(Numbers(8), shuffle=True)), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_generator_makes_the_order_on_rank_0() -> None:
     """Row 6: also one that is seeded by rank."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -164,11 +165,13 @@ class Loader(DataLoader[Any]):
         """A pass of torch's loader, which draws a seed for its workers from the program's random numbers.
 
         The first part of a pass that is resumed has drawn it already, so the rest draws from a generator of its own.
-        (To set torch's own generator back would do, but for two threads at once: that hangs in torch 2.13.)
+        (To set torch's own generator back would do, but for two threads at once: that hangs in torch 2.13.) So does a
+        rank that is a thread: else it may draw in the midst of rank 0's drawing of the order.
         """
-        if start == 0 or self.generator is not None:
+        context = runtime.current()
+        if self.generator is not None or (start == 0 and not context.backend.rank_is_thread):
             return self._with_workers()
-        place = f"{torch.initial_seed()} {self._shared.epoch} {start} {runtime.current().rank}"
+        place = f"{torch.initial_seed()} {self._shared.epoch} {start} {context.rank}"
         seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
         self.generator = torch.Generator().manual_seed(seed)
         try:
@@ -182,8 +185,10 @@ class Loader(DataLoader[Any]):
         begin = self.worker_init_fn
         # In this process, which may be a copy of the one that has made the loader.
         self.worker_init_fn = partial(_begin_worker, begin, preemption.end_is_near())
+        method = (self.multiprocessing_context or multiprocessing).get_start_method()
         try:
-            return super().__iter__()
+            with preemption.held_back(method):
+                return super().__iter__()
         finally:
             self.worker_init_fn = begin
 
