@@ -21,8 +21,9 @@ env: $(VENV)/.made ## make the environment, $(VENV), without CUDA packages
 demo: env ## train a small CNN on handwritten digits with two processes
 	$(VENV)/bin/python examples/digits.py --nproc_per_node 2 --min_accuracy 0.97 $(ARGS)
 
+# Three at a time, also on two cores: most of the time tests wait. ARGS="-n 0" is one after the other, for a debugger.
 test: env ## run every test that needs pip alone
-	$(VENV)/bin/python -m pytest \
+	$(VENV)/bin/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder \
 		-m "not gpu and not slurm and not mpi and not horovod and not xla and not matrix and not soak" $(ARGS)
 
 check: env ## lint, format, types

