@@ -18,7 +18,7 @@ from alternate import Comparison, alternate, arguments, report
 import idist
 
 Call = Callable[[], object]
-CALLS = 40
+CALLS = 10
 """In a turn."""
 
 RECORD = {"loss": 0.5, "name": "abc", "epoch": 3}
@@ -38,6 +38,11 @@ def broadcast_object(value: object, src: int) -> object:
     return out[0]
 
 
+def on_a_copy(tensor: torch.Tensor) -> Call:
+    """With torch what idist's all_reduce does, which leaves its input as it is."""
+    return lambda: dist.all_reduce(tensor.clone())
+
+
 def to_and_fro(broadcast: Callable[..., object], value: object) -> Call:
     """From either rank in turn: a source that is free to go on before the others have it is not waited for else."""
     sources = itertools.cycle([0, 1])
@@ -50,24 +55,28 @@ def questions() -> dict[str, tuple[Call, dict[str, tuple[Call, float]]]]:
 
     scalar, vector = torch.tensor(0.0), torch.zeros(1024)
     group = dist.new_group([0, 1])
-    plain = (partial(dist.all_reduce, scalar), 1.05)
+    in_group = partial(dist.all_reduce, scalar, group=group)
     answers: dict[str, tuple[Call, dict[str, tuple[Call, float]]]] = {
-        "all_reduce of a 0-d tensor": (partial(idist.all_reduce, scalar), {"torch": plain}),
-        "all_reduce of 4 KB": (
-            partial(idist.all_reduce, vector),
-            {"torch": (partial(dist.all_reduce, vector), 1.05)},
-        ),
         "all_reduce(3), exact and checked": (
             partial(idist.all_reduce, 3),
-            {"torch, a 0-d tensor": (plain[0], 1.15)},
+            {"torch, a 0-d tensor": (partial(dist.all_reduce, scalar), 1.15)},
+        ),
+        "all_reduce_ of a 0-d tensor, group=[0, 1]": (
+            partial(idist.all_reduce_, scalar, group=[0, 1]),
+            {"torch, the group made once": (in_group, 1.05)},
         ),
         "all_reduce of a 0-d tensor, group=[0, 1]": (
             partial(idist.all_reduce, scalar, group=[0, 1]),
-            {
-                "torch, the group made once": (partial(dist.all_reduce, scalar, group=group), 1.05),
-            },
+            {"torch, in place, the group made once": (in_group, 1.05)},
         ),
     }
+    for name, tensor in {"a 0-d tensor": scalar, "4 KB": vector}.items():
+        in_place, on_copy = partial(dist.all_reduce, tensor), on_a_copy(tensor)
+        answers[f"all_reduce_ of {name}"] = partial(idist.all_reduce_, tensor), {"torch": (in_place, 1.05)}
+        answers[f"all_reduce of {name}"] = (
+            partial(idist.all_reduce, tensor),
+            {"torch, on a copy": (on_copy, 1.05), "torch, in place": (in_place, 1.05)},
+        )
     for name, value in {'"abc"': "abc", "a dict": RECORD}.items():
         theirs: dict[str, Any] = {"torch": partial(all_gather_object, value)}
         if isinstance(value, str):
@@ -121,7 +130,7 @@ def work(local_rank: int, turns: int, quick: bool) -> list[Comparison]:
 
 def main() -> None:
     """Measure all."""
-    options = arguments(__doc__, turns=120)
+    options = arguments(__doc__, turns=2000)
     with idist.Parallel(backend="gloo", nproc_per_node=2) as parallel:
         found = parallel.run(work, options.turns, options.quick)[0]
     report(found, as_json=options.json)

@@ -27,6 +27,9 @@ PEERS = {
 }
 """With the target of the ratio."""
 
+FORKED = 'idist with start_method="fork"'
+"""As Accelerate does it by itself: what the process has imported is imported once."""
+
 DONE = "BENCH_DONE"
 """The variable with the file into which rank 0 writes the time."""
 
@@ -84,10 +87,11 @@ def with_torchrun() -> None:
 
 def start(peer: str, processes: int) -> None:
     """The program of one peer; runs in a process of its own."""
-    if peer == "idist":
+    if peer in ("idist", FORKED):
         import idist
 
-        with idist.Parallel(backend="gloo", nproc_per_node=processes) as parallel:
+        options = {"start_method": "fork"} if peer == FORKED else {}
+        with idist.Parallel(backend="gloo", nproc_per_node=processes, **options) as parallel:
             parallel.run(with_idist)
     elif peer == "pytorch-ignite":
         import ignite.distributed as peer_idist
@@ -155,10 +159,14 @@ def main() -> None:
         return
     options = arguments(__doc__, turns=5)
     processes = 2 if options.quick else 8
-    times = alternate({peer: partial(seconds, peer, processes) for peer in ("idist", *PEERS)}, options.turns)
+    times = alternate({peer: partial(seconds, peer, processes) for peer in ("idist", FORKED, *PEERS)}, options.turns)
     what = f"start {processes} processes to their first barrier"
     report(
-        (Comparison(what, peer, times["idist"], times[peer], target) for peer, target in PEERS.items()),
+        (
+            Comparison(what + how, peer, times[ours], times[peer], target)
+            for ours, how in (("idist", ""), (FORKED, ", forked"))
+            for peer, target in PEERS.items()
+        ),
         as_json=options.json,
     )
 

@@ -18,7 +18,7 @@ from idist import reductions, wire
 from idist.backends.base import DONE, Group, Work
 from idist.errors import CollectiveMismatch, ConfigError, PeerFailed
 from idist.groups import resolve
-from idist.runtime import Context, current, explain
+from idist.runtime import Context, current, explain, wait_for
 from idist.wire import Call, Kind, Message
 
 __all__ = [
@@ -109,8 +109,7 @@ def all_reduce(
         _tensors_only(async_op, value)
         return _all_reduce_number(context, members, value, op)
     if _is_plain(context, members, value, op, verify):
-        copy = value.clone()
-        return _answer(Handle(context.backend.all_reduce_(copy, op, members), lambda: copy), async_op)
+        return _reduced(context, members, value.clone(), op, async_op)
     result = value.detach().clone(memory_format=torch.contiguous_format) if members.index >= 0 else value
     return _answer(_start_all_reduce(context, members, result, op, verify), async_op)
 
@@ -129,7 +128,7 @@ def all_reduce_(
         raise TypeError(f"all_reduce_ works in place, so on tensors only, got {type(tensor).__name__}; use all_reduce")
     context, members = _enter(group)
     if _is_plain(context, members, tensor, op, verify):
-        return _answer(Handle(context.backend.all_reduce_(tensor, op, members), lambda: tensor), async_op)
+        return _reduced(context, members, tensor, op, async_op)
     return _answer(_start_all_reduce(context, members, tensor.detach(), op, verify, returns=tensor), async_op)
 
 
@@ -511,6 +510,15 @@ def _is_plain(context: Context, group: Group, tensor: Tensor, op: str, verify: b
         and tensor.is_contiguous()
         and not tensor.is_neg()
     )
+
+
+def _reduced(context: Context, group: Group, tensor: Tensor, op: str, async_op: bool) -> Any:
+    """A tensor that is plain, in place."""
+    work = context.backend.all_reduce_(tensor, op, group)
+    if async_op:
+        return Handle(work, lambda: tensor)
+    wait_for(work)
+    return tensor
 
 
 def _is_native(context: Context, op: str, dtype: torch.dtype) -> bool:
