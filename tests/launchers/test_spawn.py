@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver, util
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +318,7 @@ def closure() -> Callable[[int], None]:
 def test_what_cannot_be_sent_is_named_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, method: str, fn: Callable[..., Any], args: tuple[Any, ...], named: str
 ) -> None:
+    resource_tracker.ensure_running()  # Python starts it with whatever it starts first
     monkeypatch.setattr(forkserver, "connect_to_new_process", lambda fds: pytest.fail("a process was asked for"))
     monkeypatch.setattr(util, "spawnv_passfds", lambda *args: pytest.fail("a process was started"))
     with pytest.raises(idist.ConfigError, match="cannot be sent to another process") as caught:
