@@ -6,6 +6,8 @@ import argparse
 import os
 import pickle
 import random
+import re
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -359,6 +361,52 @@ def fails_in_the_background(folder: str) -> str:
         folders.complete = complete
     idist.save(folder, step=2)  # it has been told once
     return type(caught.value).__name__
+
+
+def save_and_wait(folder: str, model: nn.Module, async_op: bool) -> None:
+    if async_op:
+        idist.save(folder, model=model, async_op=True).wait()
+    else:
+        idist.save(folder, model=model)
+
+
+def writes_too_much(folder: str, strategy: str, failing: int, async_op: bool) -> tuple[str, str]:
+    """The system lets this rank write so much and no more; what it raises, torch's checkpoints pass on."""
+    model = idist.auto_model(nn.Linear(400, 400), strategy=strategy)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if idist.get_rank() == failing:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, usual[1]))
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            save_and_wait(folder, model, async_op)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    idist.save(folder, model=model)
+    return type(caught.value).__name__, str(caught.value)
+
+
+@pytest.mark.parametrize(("size", "strategy", "failing"), [(1, "ddp", 0), (2, "ddp", 0), (2, "fsdp", 1)])
+@pytest.mark.parametrize("async_op", [False, True])
+def test_a_disk_that_is_full_is_heard_by_all(
+    tmp_path: Path, size: int, strategy: str, failing: int, async_op: bool
+) -> None:
+    told = ranks(size, writes_too_much, str(tmp_path), strategy, failing, async_op)
+    assert [kind for kind, _ in told] == ["RuntimeError" if rank == failing else "PeerFailed" for rank in range(size)]
+    for _, said in told:
+        assert re.search(rf"\.00000001\S* cannot be written \(is the disk full\?\): rank {failing}: \w+Error: ", said)
+    assert names(tmp_path) == ["00000001"]
+
+
+@pytest.mark.parametrize("size", [20, None])
+def test_a_damaged_file_of_tensors_is_an_error_that_names_the_checkpoint(tmp_path: Path, size: int | None) -> None:
+    model = nn.Linear(2, 2)
+    checkpoint = idist.save(tmp_path, model=model)
+    if size is None:
+        (checkpoint / "__0_0.distcp").unlink()
+    else:
+        os.truncate(checkpoint / "__0_0.distcp", size)
+    with pytest.raises(RuntimeError, match=f"{checkpoint} cannot be read: (EOF|FileNotFound)Error"):
+        idist.load(tmp_path, model=model)
 
 
 def test_a_failure_in_the_background_is_heard_by_all(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def save(
 
     Raises:
         ConfigError: an argument is wrong, or a value is not plain data. Nothing was written then.
+        RuntimeError, OSError: this rank could not write. The checkpoints that were there are as they were.
         PeerFailed: on the other ranks, if one rank failed.
 
     Cost: some collectives of objects, besides those of :func:`torch.distributed.checkpoint.save`. Of tensors that
@@ -156,6 +157,7 @@ def load(
         FileNotFoundError: there is no checkpoint at ``path``.
         ConfigError: the checkpoint has not what was asked for, or does not fit it; says what differs. Nothing was
             loaded then.
+        RuntimeError, OSError: this rank could not read a file of it. To go on from the checkpoint before, name that.
         PeerFailed: on the other ranks, if one rank failed.
 
     Nothing is unpickled but plain data and tensors: a checkpoint cannot run code.

@@ -34,7 +34,7 @@ class Writing:
     def __init__(self, context: Context, write: Callable[[Any], Path | None]) -> None:
         self._context = context
         self._done: Path | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._told = False
         # Only the thread has ``write``, and with it the copies of all tensors.
         self._thread = threading.Thread(target=self._run, args=(write, _group(context)), name="idist checkpoint")
@@ -43,7 +43,7 @@ class Writing:
     def _run(self, write: Callable[[Any], Path | None], group: Any) -> None:
         try:
             self._done = write(group)
-        except Exception as error:  # of the disk, or of another rank
+        except BaseException as error:  # of the disk, or of another rank
             self._error = error
 
     def wait(self) -> None:

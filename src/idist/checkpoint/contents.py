@@ -21,13 +21,14 @@ from torch.distributed.checkpoint import (
     FileSystemWriter,
     metadata,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from idist.errors import ConfigError
+from idist.errors import ConfigError, PeerFailed
 
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 _METADATA = ".metadata"
@@ -110,7 +111,7 @@ def write(tensors: Mapping[str, Tensor], folder: Path, rank: int, group: dist.Pr
     if tensors and (rank == 0 or not alone):
         planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         writer = FileSystemWriter(folder)
-        with _quiet():
+        with _quiet(), _as_exceptions(f"{folder} cannot be written (is the disk full?)"):
             dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
 
@@ -147,8 +148,28 @@ def read(tensors: dict[str, Tensor], folder: Path) -> None:
     """Read into the tensors. All ranks call this."""
     if tensors:
         alone = not dist.is_initialized()
-        with _quiet():
+        with _quiet(), _as_exceptions(f"{folder} cannot be read"):
             dcp.load(tensors, storage_reader=_Reader(folder), planner=DefaultLoadPlanner(), no_dist=alone)
+
+
+@contextmanager
+def _as_exceptions(what: str) -> Iterator[None]:
+    """Raise what whoever waits for this rank can hear of: torch's failure of a checkpoint is no ``Exception``.
+
+    Raises:
+        RuntimeError: it failed on this rank.
+        PeerFailed: on another one.
+    """
+    try:
+        yield
+    except CheckpointException as failure:
+        alone = not dist.is_initialized()
+        said = [
+            f"{'' if alone else f'rank {rank}: '}{type(error).__name__}: {error}"
+            for rank, (error, _) in failure.failures.items()
+        ]
+        failed = RuntimeError if alone or dist.get_rank() in failure.failures else PeerFailed
+        raise failed(f"{what}: {'; '.join(said)}") from failure
 
 
 @contextmanager
