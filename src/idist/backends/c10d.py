@@ -297,7 +297,7 @@ class C10d(Backend):
         return dist.distributed_c10d._get_default_store()
 
     def begun(self) -> dict[str, int]:
-        return {name: _begun(group) for group, name in list(dist.distributed_c10d._world.pg_names.items())}
+        return {name: begun_in(group) for group, name in list(dist.distributed_c10d._world.pg_names.items())}
 
     def pending(self) -> list[Pending] | None:
         """What torch's flight recorder has of the groups that there are; it does not record where it has no room."""
@@ -503,10 +503,10 @@ def _process_group(group: Group) -> Any:
     return GroupMember.WORLD if group.handle is None else group.handle
 
 
-def _begun(group: Any) -> int:
-    """How many operations this rank has begun in a group; 0 where the backend does not count them."""
-    libraries = {group._get_backend(device) for device in group._device_types}
+def begun_in(group: Any) -> int:
+    """How many operations this rank has begun in a group; 0 where its library does not count them."""
     with suppress(RuntimeError):
+        libraries = {group._get_backend(device) for device in group._device_types}
         return sum(library._get_sequence_number_for_group() for library in libraries)
     return 0
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from idist.backends.base import Pending
-from idist.backends.c10d import C10d
+from idist.backends.c10d import C10d, begun_in
 from idist.backends.mpi import library
 from idist.rendezvous import DEFAULT_TIMEOUT
 from idist.topology import Topology
@@ -74,8 +74,9 @@ class Mpi(C10d):
             stop_progress()
 
     def begun(self) -> dict[str, int]:
+        # A program may have groups of another library beside ours, as a checkpoint in the background has.
         groups: list[tuple[Any, str]] = list(dist.distributed_c10d._world.pg_names.items())
-        return {name: group.begun for group, name in groups}
+        return {name: group.begun if hasattr(group, "begun") else begun_in(group) for group, name in groups}
 
     def pending(self) -> list[Pending]:
         from idist.backends.mpi.work import pending
