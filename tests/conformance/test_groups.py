@@ -233,7 +233,8 @@ def test_the_same_ranks_30_times_are_one_group(form: str) -> None:
     before = used()
     for _ in range(30):
         call()
-    assert used() == before
+    after = used()  # no more: the thread by which pytest watched the test before may still have been ending
+    assert all(after[what] <= before[what] for what in before), (before, after)
 
 
 def used() -> dict[str, int]:
