@@ -54,6 +54,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # What one worker of pytest-xdist gets whole: a file; all of conformance, whose files share their ranks.
     if config.pluginmanager.hasplugin("xdist"):
